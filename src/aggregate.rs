@@ -25,6 +25,7 @@ mod router;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+pub(crate) use self::actor::{CommandRequest, Shared};
 pub use self::context::Context;
 pub use self::decision::Decision;
 pub(crate) use self::error::node_runs;
@@ -33,7 +34,7 @@ pub use self::options::AggregateOptions;
 pub(crate) use self::options::MOST_IN_FLIGHT;
 pub use self::receipt::Receipt;
 pub use self::router::RouterStatus;
-pub(crate) use self::router::{CommandRequest, Router, SHUTDOWN, StartRouterError};
+pub(crate) use self::router::{RouterActor, RouterMessage};
 use crate::event::Event;
 
 /// A consistency boundary: its state, its decisions and its fold.

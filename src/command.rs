@@ -5,14 +5,13 @@
 //! that owns it. Its id, deadline, receipt and errors are the same in both cases.
 //!
 //! ```text
-//! execute ──► owner? ── this node ──────────────────────────► router or handler ──► answer
+//! execute ──► owner? ── this node ──────────────────────────► router ─► actor ──► answer
 //!               └────── other node ──► its subject ──► accepted … alive … executed ──► answer
 //!                          ▲   no responder, refused: next node at once
 //!                          └── silence: same command, same id, to the next node
 //! ```
 
-#[cfg_attr(not(feature = "nats"), allow(dead_code, reason = "parts serve other nodes"))]
-mod aggregate_endpoint;
+mod aggregate_target;
 mod bus;
 mod dispatched;
 mod dispatcher;
@@ -27,11 +26,13 @@ mod handler;
 mod hooks;
 #[cfg(feature = "nats")]
 mod nats;
-mod projection_waiter;
 #[cfg_attr(not(feature = "nats"), allow(dead_code, reason = "parts serve other nodes"))]
 mod registry;
 #[cfg_attr(not(feature = "nats"), allow(dead_code, reason = "parts serve other nodes"))]
 mod route;
+mod router;
+#[cfg_attr(not(feature = "nats"), allow(dead_code, reason = "parts serve other nodes"))]
+mod target;
 #[cfg_attr(not(feature = "nats"), allow(dead_code, reason = "parts serve other nodes"))]
 mod wire;
 
@@ -43,14 +44,11 @@ pub use self::envelope::{ASSIGN_TIMEOUT, RECEIVE_TIMEOUT};
 pub use self::execute::Execute;
 pub use self::execute_and_wait::{Applied, ExecuteAndWait, ProjectionLag};
 pub use self::execute_command::{Command, ExecuteCommand};
-pub(crate) use self::handler::HandlerRouter;
-pub use self::handler::{
-    HandleError, Handled, Handler, HandlerContext, HandlerOptions, HandlerStatus, Request,
-};
+pub(crate) use self::handler::HandlerShared;
+pub use self::handler::{HandleError, Handled, Handler, HandlerContext, HandlerOptions, HandlerStatus};
 pub use self::hooks::{CommandEnd, CommandInfo};
 #[cfg(feature = "nats")]
 pub use self::nats::NatsCommandOptions;
-pub(crate) use self::projection_waiter::ProjectionWaiter;
 pub(crate) use self::registry::Registry;
+pub use self::target::{Target, ToAggregate, ToHandler};
 pub use crate::aggregate::{ExecuteError, NoReplyKind, NotExecutedKind, Receipt};
-pub(crate) use crate::aggregate::{SHUTDOWN, StartRouterError};

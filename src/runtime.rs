@@ -9,7 +9,6 @@ mod shutdown;
 mod status;
 #[cfg(feature = "otel")]
 mod status_metrics;
-mod supervisor;
 
 use std::fmt;
 use std::sync::Arc;
@@ -20,7 +19,7 @@ use self::inner::Inner;
 pub use self::shutdown::ShutdownError;
 pub use self::status::RuntimeStatus;
 use crate::aggregate::Aggregate;
-use crate::command::{Command, Envelope, Execute, ExecuteCommand, Handler, Request};
+use crate::command::{Command, Envelope, Execute, ExecuteCommand, Handler, ToAggregate, ToHandler};
 use crate::projection::ProjectionHandle;
 use crate::store::EventStore;
 
@@ -41,8 +40,12 @@ impl Runtime {
     /// # Errors
     /// When awaited: the rejection of the aggregate, or another cause that kept the command from
     /// taking effect, see [`ExecuteError`](crate::ExecuteError).
-    pub fn execute<A: Aggregate>(&self, id: impl fmt::Display, command: impl Into<A::Command>) -> Execute<A> {
-        Execute::new(self.inner.commands.clone(), id.to_string(), command.into(), Envelope::new())
+    pub fn execute<A: Aggregate>(
+        &self,
+        id: impl fmt::Display,
+        command: impl Into<A::Command>,
+    ) -> Execute<ToAggregate<A>> {
+        Execute::new(self.inner.commands.clone(), Some(id.to_string()), command.into(), Envelope::new())
     }
 
     /// Executes a command with its own type of reply, see [`Command`].
@@ -56,13 +59,13 @@ impl Runtime {
 
     /// Executes a command on the handler `H`, on any node that runs it.
     ///
-    /// Await the result for the reply, or set options first, see [`Request`].
+    /// Await the result for the reply, or set options first, see [`Execute`].
     ///
     /// # Errors
     /// When awaited: the rejection of the handler, or another cause that kept the command from
     /// being handled, see [`ExecuteError`](crate::ExecuteError).
-    pub fn execute_handler<H: Handler>(&self, command: impl Into<H::Command>) -> Request<H> {
-        Request::new(self.inner.commands.clone(), command.into(), Envelope::new())
+    pub fn execute_handler<H: Handler>(&self, command: impl Into<H::Command>) -> Execute<ToHandler<H>> {
+        Execute::new(self.inner.commands.clone(), None, command.into(), Envelope::new())
     }
 
     /// Returns the handle of a projection, which waits, pauses, resets and lists parked events.
@@ -84,6 +87,7 @@ impl Runtime {
 
     /// Returns the status of all components.
     pub async fn status(&self) -> RuntimeStatus {
+        let (aggregates, handlers) = self.inner.commands.registry().status();
         let projections = self.inner.projections.iter();
         let projections = projections.map(|one| (one.name().to_owned(), one.status())).collect();
         RuntimeStatus {
@@ -92,8 +96,8 @@ impl Runtime {
             high_water_mark: self.inner.store.high_water_mark().await,
             stall: self.inner.store.stall().await,
             writer: self.inner.writer.status(),
-            aggregates: self.inner.commands.registry().aggregates(),
-            handlers: self.inner.commands.registry().handlers(),
+            aggregates,
+            handlers,
             commands: self.inner.commands.status(),
             bus: self.inner.bus.as_ref().map(|bus| bus.state()),
             publisher: self.inner.publisher_status(),

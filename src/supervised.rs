@@ -1,4 +1,7 @@
-//! Actors that supervise one long-running task.
+//! Supervision: the root of a node's actors, and actors that supervise one long-running task.
+//!
+//! The children of the [`Supervisor`] are the publisher and the projections, and the actor of each
+//! aggregate type and handler. Their routers restart the latter.
 //!
 //! Tasks that read the log mostly await the store, the bus and user code. A ractor actor that
 //! awaits in its handler answers no messages meanwhile. Therefore the actor only receives messages
@@ -8,11 +11,11 @@
 use std::fmt;
 use std::marker::PhantomData;
 use std::panic::AssertUnwindSafe;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use futures_util::FutureExt;
-use ractor::{Actor, ActorCell, ActorId, ActorProcessingErr, ActorRef, RpcReplyPort, SpawnErr};
+use ractor::{Actor, ActorCell, ActorProcessingErr, ActorRef, RpcReplyPort, SpawnErr, SupervisionEvent};
 use tokio::sync::{Mutex, OwnedMutexGuard, OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
@@ -48,13 +51,61 @@ impl Drop for Task {
     }
 }
 
-/// A component of the runtime that the supervisor can restart.
-pub(crate) trait Respawn: Send + Sync {
-    fn name(&self) -> &'static str;
-    /// Returns the current actor.
-    fn actor(&self) -> Option<ActorId>;
-    /// Replaces the actor by a new one.
-    fn respawn(&self, supervisor: ActorCell) -> Result<ActorId, String>;
+/// The root of the supervision tree. Stopping it, or dropping it, stops all actors of the node.
+pub(crate) struct Supervisor {
+    root: ActorRef<()>,
+    alive: Arc<()>,
+}
+
+struct Root;
+
+impl Actor for Root {
+    type Msg = ();
+    type State = ();
+    type Arguments = ();
+
+    async fn pre_start(&self, _: ActorRef<()>, (): ()) -> Result<(), ActorProcessingErr> {
+        Ok(())
+    }
+
+    /// Replaces the default of ractor, which ends the root with the first child that ends.
+    async fn handle_supervisor_evt(
+        &self,
+        _: ActorRef<()>,
+        event: SupervisionEvent,
+        (): &mut (),
+    ) -> Result<(), ActorProcessingErr> {
+        if let SupervisionEvent::ActorFailed(_, error) = event {
+            tracing::error!(%error, "an actor failed");
+        }
+        Ok(())
+    }
+}
+
+impl Supervisor {
+    pub(crate) async fn start() -> Result<Self, SpawnErr> {
+        let (root, _) = Actor::spawn(None, Root, ()).await?;
+        Ok(Self { root, alive: Arc::new(()) })
+    }
+
+    /// Becomes dead as soon as the supervisor is dropped; the actors end later.
+    pub(crate) fn alive(&self) -> Weak<()> {
+        Arc::downgrade(&self.alive)
+    }
+
+    pub(crate) fn cell(&self) -> ActorCell {
+        self.root.get_cell()
+    }
+
+    pub(crate) fn stop(&self) {
+        self.root.stop(None);
+    }
+}
+
+impl Drop for Supervisor {
+    fn drop(&mut self) {
+        self.stop();
+    }
 }
 
 /// The work of one task.

@@ -6,7 +6,7 @@ use tokio::time::Instant;
 use uuid::Uuid;
 
 use super::ExecuteError;
-use super::envelope::{Deadline, Envelope};
+use super::envelope::Envelope;
 use super::handler::{YieldSlot, yield_slot_while};
 use crate::future::BoxFuture;
 use crate::telemetry::Metrics;
@@ -95,8 +95,8 @@ impl<T, E> Dispatched<T, E> {
 
     /// Creates the handle of a command that an actor of this process executes.
     pub(super) fn here<S: Send>(
-        envelope: &Envelope,
-        deadline: Deadline,
+        id: Uuid,
+        deadline: Instant,
         started: Instant,
         answer: impl Future<Output = Result<Result<T, ExecuteError<E>>, S>> + Send + 'static,
     ) -> Self
@@ -104,13 +104,12 @@ impl<T, E> Dispatched<T, E> {
         T: Send + 'static,
         E: Send + 'static,
     {
-        let id = envelope.id;
         Self::new(id, async move {
             let unknown = |reason| Err(ExecuteError::OutcomeUnknown { command_id: id, reason });
-            let result = match tokio::time::timeout_at(deadline.instant(), answer).await {
+            let result = match tokio::time::timeout_at(deadline, answer).await {
                 Ok(Ok(answer)) => answer,
                 Ok(Err(_dropped)) => unknown("the actor stopped before it answered".into()),
-                Err(_elapsed) => Err(ExecuteError::timed_out(id, deadline.instant() - started)),
+                Err(_elapsed) => Err(ExecuteError::timed_out(id, deadline - started)),
             };
             (result, started.elapsed())
         })

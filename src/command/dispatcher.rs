@@ -5,7 +5,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use serde::Serialize;
 use tokio::time::Instant;
 #[cfg(feature = "nats")]
 use uuid::Uuid;
@@ -17,14 +16,12 @@ use super::envelope::{Deadline, Envelope};
 use super::hooks::{CommandHooks, CommandInfo};
 #[cfg(feature = "nats")]
 use super::nats::NatsNode;
-use super::projection_waiter::ProjectionWaiter;
 use super::registry::Registry;
 use super::route::Route;
-use super::wire::{CommandFrame, Expected, FORMAT, Failure, Kind, Outcome};
+use super::wire::{CommandFrame, Failure, Kind, Outcome};
 use super::{ExecuteError, NotExecutedKind};
-use crate::codec::to_cbor;
-use crate::event::{EncodeError, Position};
 use crate::future::BoxFuture;
+use crate::projection::ProjectionHandle;
 #[cfg(feature = "nats")]
 use crate::store::StoreInfo;
 use crate::supervised::Task;
@@ -35,11 +32,12 @@ type Sent<'a> = BoxFuture<'a, Result<BoxFuture<'static, (Outcome, Duration)>, Fa
 
 /// The dispatcher of commands. Every sender of commands holds it.
 pub(crate) struct Dispatcher {
-    hooks: CommandHooks,
-    metrics: Metrics,
+    pub(super) hooks: CommandHooks,
+    pub(super) metrics: Metrics,
     /// Aggregates and handlers of this node. Set before the runtime has started.
     registry: OnceLock<Arc<Registry>>,
-    follow: OnceLock<Box<dyn ProjectionWaiter>>,
+    /// Projections of this node, for callers that wait for them.
+    pub(super) projections: Vec<ProjectionHandle>,
     /// Set at the start of a shutdown. Only handlers in flight may then send commands.
     closing: AtomicBool,
     /// Task that ends with the tokio runtime in which the node was started.
@@ -52,12 +50,16 @@ pub(crate) struct Dispatcher {
 }
 
 impl Dispatcher {
-    pub(crate) fn new(hooks: CommandHooks, metrics: Metrics) -> Arc<Self> {
+    pub(crate) fn new(
+        hooks: CommandHooks,
+        metrics: Metrics,
+        projections: Vec<ProjectionHandle>,
+    ) -> Arc<Self> {
         Arc::new(Self {
             hooks,
             metrics,
             registry: OnceLock::new(),
-            follow: OnceLock::new(),
+            projections,
             closing: AtomicBool::new(false),
             executor: Task::spawn(std::future::pending()),
             #[cfg(feature = "nats")]
@@ -68,10 +70,9 @@ impl Dispatcher {
     }
 
     /// Starts to accept commands.
-    pub(crate) fn open(&self, registry: Registry, follow: Box<dyn ProjectionWaiter>) {
-        // The runtime calls this once, so the cells are empty.
+    pub(crate) fn open(&self, registry: Registry) {
+        // The runtime calls this once, so the cell is empty.
         let _ = self.registry.set(Arc::new(registry));
-        let _ = self.follow.set(follow);
     }
 
     /// Joins the other nodes, if the bus reaches any.
@@ -109,14 +110,6 @@ impl Dispatcher {
         unanswered
     }
 
-    pub(crate) fn hooks(&self) -> &CommandHooks {
-        &self.hooks
-    }
-
-    pub(crate) fn metrics(&self) -> &Metrics {
-        &self.metrics
-    }
-
     pub(crate) fn status(&self) -> CommandBusStatus {
         #[cfg(feature = "nats")]
         if let Some(nats) = self.nats.get() {
@@ -134,23 +127,6 @@ impl Dispatcher {
         match self.registry.get() {
             Some(registry) => registry,
             None => EMPTY.get_or_init(Registry::default),
-        }
-    }
-
-    /// Returns the names of the projections on this node.
-    pub(super) fn projections(&self) -> Vec<String> {
-        self.follow.get().map_or_else(Vec::new, |follow| follow.names())
-    }
-
-    pub(super) fn caught_up<'a>(
-        &'a self,
-        name: &'a str,
-        position: Position,
-        patience: Duration,
-    ) -> BoxFuture<'a, Result<(), String>> {
-        match self.follow.get() {
-            Some(follow) => follow.caught_up(name, position, patience),
-            None => Box::pin(std::future::ready(Err("runtime has not started".into()))),
         }
     }
 
@@ -197,31 +173,6 @@ impl Dispatcher {
             return Err(NotExecutedKind::Unavailable { reason: reason.clone() }.into());
         }
         Err(NotExecutedKind::NoHandler { name, retryable: false }.into())
-    }
-
-    pub(super) fn frame<C: Serialize>(
-        &self,
-        kind: Kind,
-        info: &CommandInfo<'_>,
-        command: &C,
-        envelope: &Envelope,
-        prompt: bool,
-        deadline: Deadline,
-    ) -> Result<CommandFrame, EncodeError> {
-        Ok(CommandFrame {
-            format: FORMAT,
-            id: envelope.id,
-            kind,
-            name: info.name.to_owned(),
-            key: info.key.map(Into::into),
-            payload: to_cbor(command)?,
-            metadata: envelope.metadata.encode()?.into(),
-            expected: Expected::Any,
-            left: deadline.left_millis(),
-            sent: None,
-            attempt: 1,
-            prompt,
-        })
     }
 
     /// Sends a command to other nodes.

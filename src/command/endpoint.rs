@@ -1,15 +1,16 @@
-//! The endpoint of a command on this node, and the steps that aggregates and handlers share.
+//! The endpoint of one target on this node: accepts commands of other nodes.
 
 use std::any::Any;
 
+use serde::de::DeserializeOwned;
 use tokio::time::Instant;
 
 use super::envelope::Deadline;
-use super::handler::HandlerStatus;
 use super::hooks::{CommandHooks, CommandInfo};
+use super::router::Router;
+use super::target::{Routed, RoutedCommand, TargetStatus};
 use super::wire::{Code, CommandFrame, Failure, Outcome};
 use super::{ExecuteError, NotExecutedKind};
-use crate::aggregate::RouterStatus;
 use crate::codec::{fingerprint, from_cbor};
 use crate::event::Metadata;
 use crate::future::BoxFuture;
@@ -18,11 +19,9 @@ use crate::telemetry::trace::CommandSpan;
 /// The future outcome of a command.
 pub(super) type Answering = BoxFuture<'static, Outcome>;
 
-/// An aggregate or handler for commands of one name, without its types.
-pub(super) trait Endpoint: Send + Sync {
-    fn as_any(&self) -> &dyn Any;
-    fn aggregate(&self) -> Option<RouterStatus>;
-    fn handler(&self) -> Option<HandlerStatus>;
+/// A router without its types.
+pub(super) trait Endpoint: Any + Send + Sync {
+    fn status(&self) -> TargetStatus;
     fn shut_down(&self, deadline: Instant) -> BoxFuture<'_, usize>;
     /// Accepts a command, or refuses it. Waits for a permit until `admit_by` at most.
     fn accept<'a>(
@@ -34,10 +33,66 @@ pub(super) trait Endpoint: Send + Sync {
     ) -> BoxFuture<'a, Result<Answering, Failure>>;
 }
 
+impl<T: Routed> Endpoint for Router<T> {
+    fn status(&self) -> TargetStatus {
+        self.status()
+    }
+
+    fn shut_down(&self, deadline: Instant) -> BoxFuture<'_, usize> {
+        Box::pin(self.shut_down(deadline))
+    }
+
+    fn accept<'a>(
+        &'a self,
+        hooks: &'a CommandHooks,
+        frame: CommandFrame,
+        deadline: Deadline,
+        admit_by: Instant,
+    ) -> BoxFuture<'a, Result<Answering, Failure>> {
+        Box::pin(async move {
+            let (started, deadline) = (Instant::now(), deadline.instant());
+            let (command, mut metadata) = contents::<T::Command>(&frame)?;
+            let CommandFrame { id, key, expected, payload, .. } = frame;
+            let key = T::key(key, &command).map_err(|kind| Failure::of(&error::<T>(kind)))?;
+            let span = CommandSpan::taken(T::NAME, key.as_deref(), id, &mut metadata);
+            let info = CommandInfo { name: T::NAME, key: key.as_deref(), id, metadata: &metadata };
+            let fingerprint = filtered(hooks, &info).and_then(|()| content(&payload)).inspect_err(|_| {
+                span.ended(Some("not_accepted"));
+            })?;
+            let expected = expected.into();
+            let submitted = async {
+                let address = T::address(key.as_deref())?;
+                let permit = self.admit(id, deadline.min(admit_by)).await?;
+                let span = span.clone();
+                let command = RoutedCommand {
+                    command,
+                    id,
+                    metadata,
+                    fingerprint,
+                    key,
+                    address,
+                    expected,
+                    deadline,
+                    span,
+                };
+                self.submit(hooks, command, permit, started)
+            };
+            let dispatched = match submitted.await {
+                Ok(dispatched) => dispatched,
+                Err(kind) => return refused::<T>(&span, kind),
+            };
+            Ok(Box::pin(async move {
+                let answer = dispatched.report().await.result;
+                span.ended(answer.as_ref().err().map(ExecuteError::kind));
+                let done = answer.as_ref().map_err(Failure::of).and_then(T::encode);
+                done.map_or_else(Outcome::Error, Outcome::Done)
+            }) as Answering)
+        })
+    }
+}
+
 /// Decodes the command and the metadata of a frame.
-pub(super) fn contents<C: serde::de::DeserializeOwned>(
-    frame: &CommandFrame,
-) -> Result<(C, Metadata), Failure> {
+fn contents<C: DeserializeOwned>(frame: &CommandFrame) -> Result<(C, Metadata), Failure> {
     let unreadable = |error| Failure::new(Code::Refused, format!("the command does not decode: {error}"));
     if frame.metadata.len() > Metadata::MAX_BYTES {
         let (bytes, limit) = (frame.metadata.len(), Metadata::MAX_BYTES);
@@ -50,52 +105,37 @@ pub(super) fn contents<C: serde::de::DeserializeOwned>(
     Ok((command, Metadata::decode(&frame.metadata).map_err(unreadable)?))
 }
 
-/// Marks the command's span as refused.
-pub(super) fn marked(span: &CommandSpan) -> impl Fn(Failure) -> Failure + use<'_> {
-    move |failure| {
-        span.ended(Some("not_accepted"));
-        failure
-    }
-}
-
 /// Computes the fingerprint of the command as sent.
 ///
 /// The decoded command is not used: another version of the program may know more fields.
-pub(super) fn content(frame: &CommandFrame) -> Result<u128, Failure> {
-    let unreadable = |error: String| Failure::new(Code::Refused, error);
-    let sent: ciborium::Value = from_cbor(&frame.payload).map_err(|error| unreadable(error.to_string()))?;
-    fingerprint(&sent).map_err(|error| unreadable(error.to_string()))
+fn content(payload: &[u8]) -> Result<u128, Failure> {
+    let sent = from_cbor::<ciborium::Value>(payload);
+    let content = sent.and_then(|sent| fingerprint(&sent).map_err(|error| error.to_string()));
+    content.map_err(|error| Failure::new(Code::Refused, error))
 }
 
 /// Applies the filters of this node to a command.
-pub(super) fn filtered(hooks: &CommandHooks, info: &CommandInfo<'_>) -> Result<(), Failure> {
+fn filtered(hooks: &CommandHooks, info: &CommandInfo<'_>) -> Result<(), Failure> {
     let refused = || Failure::new(Code::Refused, format!("a filter does not accept command {}", info.id));
     let takes = hooks.accepts(info).map_err(|reason| Failure::new(Code::Refused, reason))?;
     takes.then_some(()).ok_or_else(refused)
 }
 
+fn error<T: Routed>(kind: NotExecutedKind) -> ExecuteError<T::Error> {
+    kind.into()
+}
+
 /// Answers an error that every node would give; refuses a command that another node may execute.
-pub(super) fn refused<E: std::error::Error + serde::Serialize>(
-    span: &CommandSpan,
-    error: ExecuteError<E>,
-) -> Result<Answering, Failure> {
+fn refused<T: Routed>(span: &CommandSpan, kind: NotExecutedKind) -> Result<Answering, Failure> {
+    let retry_elsewhere = matches!(
+        kind,
+        NotExecutedKind::Overloaded { .. }
+            | NotExecutedKind::ShuttingDown
+            | NotExecutedKind::Restarting { .. }
+            | NotExecutedKind::Store(_)
+    );
+    let error = error::<T>(kind);
     span.ended(Some(error.kind()));
-    match error {
-        ExecuteError::NotExecuted {
-            kind:
-                NotExecutedKind::Overloaded { .. }
-                | NotExecutedKind::ShuttingDown
-                | NotExecutedKind::Restarting { .. }
-                | NotExecutedKind::Store(_),
-            ..
-        } => Err(Failure::of(&error)),
-        error => answered(Outcome::Error(Failure::of(&error))),
-    }
+    let failure = Failure::of(&error);
+    if retry_elsewhere { Err(failure) } else { Ok(Box::pin(std::future::ready(Outcome::Error(failure)))) }
 }
-
-fn answered(outcome: Outcome) -> Result<Answering, Failure> {
-    Ok(Box::pin(std::future::ready(outcome)))
-}
-
-/// Cause of an unknown outcome without an answer.
-pub(super) const STOPPED: &str = "the actor stopped before it answered";

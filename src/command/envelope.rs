@@ -20,8 +20,10 @@ pub const RECEIVE_TIMEOUT: Duration = Duration::from_secs(10);
 pub(crate) struct Envelope {
     pub(crate) id: Uuid,
     pub(crate) metadata: Metadata,
-    assign: Duration,
-    receive: Duration,
+    /// Time that the caller waits until a node accepts the command. Zero: no limit.
+    pub(super) assign: Duration,
+    /// Time that the caller waits for the answer. Zero: no limit.
+    pub(super) receive: Duration,
     /// Deadline of the handler that sends the command. A nested command does not outlive it.
     until: Option<Instant>,
 }
@@ -47,14 +49,6 @@ impl Envelope {
         self.until.is_some()
     }
 
-    pub(super) fn set_assign(&mut self, timeout: Duration) {
-        self.assign = timeout;
-    }
-
-    pub(super) fn set_receive(&mut self, timeout: Duration) {
-        self.receive = timeout;
-    }
-
     /// Returns the time until which the caller waits, if it is limited.
     pub(super) fn deadline(&self) -> Deadline {
         let own = (!self.receive.is_zero() && self.receive < FAR).then(|| Instant::now() + self.receive);
@@ -64,10 +58,6 @@ impl Envelope {
     /// Returns the time until which a node must accept the command, if it is limited.
     pub(super) fn assign_deadline(&self) -> Deadline {
         Deadline((!self.assign.is_zero() && self.assign < FAR).then(|| Instant::now() + self.assign))
-    }
-
-    pub(super) fn timeout(&self) -> Duration {
-        self.receive
     }
 }
 
@@ -103,65 +93,3 @@ impl Deadline {
         self.0.is_some_and(|at| at <= Instant::now())
     }
 }
-
-macro_rules! envelope_setters {
-    () => {
-        /// Sets the command id: the idempotency key under which the command takes effect once.
-        ///
-        /// Default: a new UUIDv7. If the id is derived from a request, the request can be retried
-        /// safely. Any UUID is valid. A UUIDv7 must not be more than 1 minute ahead of the clock of
-        /// the executing node. It is also the cheapest id: for other ids, an aggregate with many
-        /// commands queries the store first.
-        pub fn command_id(mut self, id: uuid::Uuid) -> Self {
-            self.envelope.id = id;
-            self
-        }
-
-        /// Sets the correlation id of the events. Default: the command id.
-        pub fn correlation_id(mut self, id: uuid::Uuid) -> Self {
-            self.envelope.metadata.correlation_id = Some(id);
-            self
-        }
-
-        /// Sets the id of the command or event that caused this command.
-        ///
-        /// A handler's context sets it for the commands that the handler sends.
-        pub fn causation_id(mut self, id: uuid::Uuid) -> Self {
-            self.envelope.metadata.causation_id = Some(id);
-            self
-        }
-
-        /// Sets the W3C `traceparent` of the caller, the parent of the command's span.
-        ///
-        /// It is not needed if the caller's span is the current span.
-        pub fn traceparent(mut self, traceparent: impl Into<String>) -> Self {
-            self.envelope.metadata.traceparent = Some(traceparent.into());
-            self
-        }
-
-        /// Adds an entry to the user's map in the metadata.
-        pub fn metadata(mut self, key: impl Into<String>, value: impl Into<String>) -> Self {
-            self.envelope.metadata.user.insert(key.into(), value.into());
-            self
-        }
-
-        /// Sets how long to wait for the answer.
-        ///
-        /// Default: 10 s. Zero waits without limit. After the timeout, a command that has not
-        /// started is dropped, and a command in flight is answered with `OutcomeUnknown`.
-        pub fn timeout(mut self, timeout: std::time::Duration) -> Self {
-            self.envelope.set_receive(timeout);
-            self
-        }
-
-        /// Sets how long to wait until a node accepts the command.
-        ///
-        /// Default: 5 s. Zero waits as long as [`timeout`](Self::timeout). It has no effect within
-        /// one process.
-        pub fn assign_timeout(mut self, timeout: std::time::Duration) -> Self {
-            self.envelope.set_assign(timeout);
-            self
-        }
-    };
-}
-pub(super) use envelope_setters;

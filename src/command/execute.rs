@@ -1,47 +1,54 @@
+//! One command of a caller: its options, its destination and its answer.
+
 use std::fmt;
 use std::sync::Arc;
+use std::time::Duration;
 
-use chrono::Utc;
-use ractor::concurrency::oneshot;
 use tokio::time::Instant;
+use uuid::Uuid;
 
 use super::dispatched::Watched;
 use super::dispatcher::Dispatcher;
-use super::envelope::{Envelope, envelope_setters};
+use super::envelope::Envelope;
 use super::handler::{YieldSlot, yield_slot_while};
-use super::hooks::watched;
 use super::route::Route;
-use super::wire::{About, Kind, Outcome};
-use super::{CommandInfo, Dispatched, ExecuteError, NotExecutedKind, Receipt};
-use crate::aggregate::{Aggregate, CommandRequest};
-use crate::codec::fingerprint;
-use crate::event::{EncodeError, Event, StreamId};
+use super::target::{Answer, Routed, RoutedCommand, Target, ToAggregate};
+use super::wire::{About, CommandFrame, FORMAT, Failure, Outcome};
+use super::{CommandInfo, Dispatched, ExecuteError, NotExecutedKind};
+use crate::aggregate::Aggregate;
+use crate::codec::{fingerprint, to_cbor};
+use crate::event::EncodeError;
 use crate::future::BoxFuture;
 use crate::store::ExpectedVersion;
 use crate::telemetry::trace::CommandSpan;
 
-/// A command for an aggregate. Set its options, then await it for the receipt.
+/// A command for an aggregate or a handler. Set its options, then await it for the answer.
 ///
-/// [`Runtime::execute`](crate::Runtime::execute) creates it. The command starts when it is awaited
-/// or [dispatched](Self::dispatch). Dropping the waiting future does not cancel the command.
+/// [`Runtime::execute`](crate::Runtime::execute) and
+/// [`Runtime::execute_handler`](crate::Runtime::execute_handler) create it. The answer of an
+/// aggregate is a [`Receipt`](super::Receipt), that of a handler is [`Handled`](super::Handled). The
+/// command starts when it is awaited or [dispatched](Self::dispatch). Dropping the waiting future
+/// does not cancel the command.
 #[must_use = "a command does nothing until it is awaited"]
-pub struct Execute<A: Aggregate> {
+pub struct Execute<T: Target> {
     pub(super) commands: Arc<Dispatcher>,
-    id: String,
-    command: A::Command,
+    /// Id of the aggregate. The key of a handler is in the command.
+    id: Option<String>,
+    command: T::Command,
     pub(super) envelope: Envelope,
     expected: ExpectedVersion,
     /// Worker slot of the handler that sends this command.
     slot: Option<Arc<dyn YieldSlot>>,
 }
 
-type Pending<A> = Dispatched<Receipt<<A as Aggregate>::Reply>, <A as Aggregate>::Error>;
+type Pending<T> = Dispatched<<T as Target>::Answer, <T as Target>::Error>;
 
-impl<A: Aggregate> Execute<A> {
+#[allow(private_bounds, reason = "`Routed` is the part of the sealed `Target` for this crate")]
+impl<T: Routed> Execute<T> {
     pub(crate) fn new(
         commands: Arc<Dispatcher>,
-        id: String,
-        command: A::Command,
+        id: Option<String>,
+        command: T::Command,
         envelope: Envelope,
     ) -> Self {
         Self { commands, id, command, envelope, expected: ExpectedVersion::Any, slot: None }
@@ -52,104 +59,166 @@ impl<A: Aggregate> Execute<A> {
         self
     }
 
-    envelope_setters!();
-
-    /// Sets the version that the aggregate must have when the command is decided. Default: any.
-    pub fn expect_version(mut self, expected: ExpectedVersion) -> Self {
-        self.expected = expected;
+    /// Sets the command id: the idempotency key under which the command takes effect once.
+    ///
+    /// Default: a new UUIDv7. If the id is derived from a request, the request can be retried
+    /// safely. Any UUID is valid. A UUIDv7 must not be more than 1 minute ahead of the clock of
+    /// the executing node. It is also the cheapest id: for other ids, an aggregate with many
+    /// commands queries the store first.
+    pub fn command_id(mut self, id: Uuid) -> Self {
+        self.envelope.id = id;
         self
     }
 
-    /// Sends the command, and returns as soon as its aggregate has accepted it.
+    /// Sets the correlation id of the events. Default: the command id.
+    pub fn correlation_id(mut self, id: Uuid) -> Self {
+        self.envelope.metadata.correlation_id = Some(id);
+        self
+    }
+
+    /// Sets the id of the command or event that caused this command.
+    ///
+    /// A handler's context sets it for the commands that the handler sends.
+    pub fn causation_id(mut self, id: Uuid) -> Self {
+        self.envelope.metadata.causation_id = Some(id);
+        self
+    }
+
+    /// Sets the W3C `traceparent` of the caller, the parent of the command's span.
+    ///
+    /// It is not needed if the caller's span is the current span.
+    pub fn traceparent(mut self, traceparent: impl Into<String>) -> Self {
+        self.envelope.metadata.traceparent = Some(traceparent.into());
+        self
+    }
+
+    /// Adds an entry to the user's map in the metadata.
+    pub fn metadata(mut self, key: impl Into<String>, value: impl Into<String>) -> Self {
+        self.envelope.metadata.user.insert(key.into(), value.into());
+        self
+    }
+
+    /// Sets how long to wait for the answer.
+    ///
+    /// Default: 10 s. Zero waits without limit. After the timeout, a command that has not
+    /// started is dropped, and a command in flight is answered with `OutcomeUnknown`.
+    pub fn timeout(mut self, timeout: Duration) -> Self {
+        self.envelope.receive = timeout;
+        self
+    }
+
+    /// Sets how long to wait until a node accepts the command.
+    ///
+    /// Default: 5 s. Zero waits as long as [`timeout`](Self::timeout). It has no effect within
+    /// one process.
+    pub fn assign_timeout(mut self, timeout: Duration) -> Self {
+        self.envelope.assign = timeout;
+        self
+    }
+
+    /// Sends the command, and returns as soon as its target has accepted it.
     ///
     /// Commands that are dispatched in sequence to one aggregate are decided in that order while no
     /// node joins or leaves. They do not wait for each other's append. Await the returned handle
-    /// for the receipt. Dropping it does not cancel the command.
+    /// for the answer. Dropping it does not cancel the command.
     ///
     /// # Errors
     /// If no node accepted the command. Nothing happened then, unless the error is
     /// `OutcomeUnknown`.
-    pub async fn dispatch(mut self) -> Result<Pending<A>, ExecuteError<A::Error>> {
+    pub async fn dispatch(mut self) -> Result<Pending<T>, ExecuteError<T::Error>> {
         let slot = self.slot.take();
         Ok(yield_slot_while(slot.clone(), self.hand_over(true)).await?.within(slot))
     }
 
-    async fn hand_over(mut self, prompt: bool) -> Result<Pending<A>, ExecuteError<A::Error>> {
-        let name = <A::Event as Event>::CATEGORY;
-        let watched = Watched::new(self.commands.metrics(), name, Some(&self.id), &mut self.envelope);
-        let given = self.send(prompt, watched.span()).await;
+    async fn hand_over(mut self, prompt: bool) -> Result<Pending<T>, ExecuteError<T::Error>> {
+        let key = T::key(self.id.take(), &self.command)?;
+        let watched = Watched::new(&self.commands.metrics, T::NAME, key.as_deref(), &mut self.envelope);
+        let given = self.send(key, prompt, watched.span()).await;
         watched.over(given)
     }
 
-    async fn send(self, prompt: bool, span: CommandSpan) -> Result<Pending<A>, ExecuteError<A::Error>> {
-        let Self { commands, id: key, command, envelope, expected, slot: _ } = self;
-        let category = <A::Event as Event>::CATEGORY;
-        let (started, deadline) = (Instant::now(), envelope.deadline());
-        let stream = StreamId::new(category, &key)
-            .map_err(|error| ExecuteError::from(NotExecutedKind::InvalidId { reason: error.to_string() }))?;
-        let info =
-            CommandInfo { name: category, key: Some(&key), id: envelope.id, metadata: &envelope.metadata };
-        let takes = || {
-            commands
-                .hooks()
-                .accepts(&info)
-                .map_err(|reason| ExecuteError::from(NotExecutedKind::NotAccepted { reason }))
+    async fn send(
+        self,
+        key: Option<String>,
+        prompt: bool,
+        span: CommandSpan,
+    ) -> Result<Pending<T>, ExecuteError<T::Error>> {
+        let Self { commands, command, envelope, expected, .. } = self;
+        let (id, started, deadline) = (envelope.id, Instant::now(), envelope.deadline());
+        let address = T::address(key.as_deref())?;
+        let info = CommandInfo { name: T::NAME, key: key.as_deref(), id, metadata: &envelope.metadata };
+        let accepts = || {
+            let accepts = commands.hooks.accepts(&info);
+            accepts.map_err(|reason| NotExecutedKind::NotAccepted { reason })
         };
-        let local = match commands.registry().router::<A>() {
-            Some(local) => takes()?.then_some(local),
+        let local = match commands.registry().router::<T>() {
+            Some(local) => accepts()?.then_some(local),
             None => None,
         };
-        let route = commands.route(Kind::Aggregate, category, &info, &envelope, local.is_some())?;
-        if let (Route::Local { .. }, Some(router)) = (&route, local) {
-            match router.admit(envelope.id, deadline.instant()).await {
+        let route = commands.route(T::KIND, T::NAME, &info, &envelope, local.is_some())?;
+        if let (Route::Local { others }, Some(router)) = (route, local) {
+            let deadline = deadline.instant();
+            match router.admit(id, deadline).await {
                 Ok(permit) => {
-                    commands
-                        .hooks()
-                        .before(&info)
-                        .map_err(|reason| ExecuteError::from(NotExecutedKind::NotAccepted { reason }))?;
-                    let watch = watched(commands.hooks(), &envelope.metadata, category, Some(&key));
-                    let (reply, answer) = oneshot();
-                    let order = Box::new(CommandRequest {
-                        content: fingerprint(&command).map_err(EncodeError::from)? as u64,
+                    let fingerprint = fingerprint(&command).map_err(EncodeError::from)?;
+                    let metadata = envelope.metadata;
+                    let command = RoutedCommand {
                         command,
-                        command_id: envelope.id,
-                        metadata: envelope.metadata.clone(),
+                        id,
+                        metadata,
+                        fingerprint,
+                        key,
+                        address,
                         expected,
-                        deadline: deadline.instant(),
-                        now: Utc::now(),
-                        attempts: 0,
+                        deadline,
                         span,
-                        _permit: permit,
-                        reply: reply.into(),
-                    });
-                    router.route(stream, order)?;
-                    return Ok(watch.over(Dispatched::here(&envelope, deadline, started, answer)));
+                    };
+                    return Ok(router.submit(&commands.hooks, command, permit, started)?);
                 }
-                Err(busy) if matches!(route, Route::Local { others: false }) => return Err(busy),
+                Err(busy) if !others => return Err(busy.into()),
                 Err(_busy) => {}
             }
         }
-        let mut frame = commands.frame(Kind::Aggregate, &info, &command, &envelope, prompt, deadline)?;
-        frame.expected = expected.into();
-        let id = envelope.id;
-        let answered = Box::pin(commands.send(frame, &envelope, deadline)).await;
-        let to_error = move |failure: super::wire::Failure, stream: &StreamId| {
-            failure.into_error(&About { id, name: category, stream: Some(stream), expected })
+        let frame = CommandFrame {
+            format: FORMAT,
+            id,
+            kind: T::KIND,
+            name: T::NAME.to_owned(),
+            payload: to_cbor(&command).map_err(EncodeError::from)?,
+            metadata: envelope.metadata.encode()?.into(),
+            key,
+            expected: expected.into(),
+            left: deadline.left_millis(),
+            sent: None,
+            attempt: 1,
+            prompt,
         };
-        let answered = answered.map_err(|failure| to_error(failure, &stream))?;
+        let to_error = move |failure: Failure, address: &T::Address| {
+            failure.into_error(&About { id, name: T::NAME, stream: T::stream(address), expected })
+        };
+        let answered = commands.send(frame, &envelope, deadline).await;
+        let answered = answered.map_err(|failure| to_error(failure, &address))?;
         Ok(Dispatched::new(id, async move {
             let (outcome, runtime) = answered.await;
-            let result = match outcome {
-                Outcome::Done(done) => done.into_receipt(id, stream),
-                Outcome::Error(failure) => Err(to_error(failure, &stream)),
+            let result: Answer<T> = match outcome {
+                Outcome::Done(done) => T::decode(done, id, address),
+                Outcome::Error(failure) => Err(to_error(failure, &address)),
             };
             (result, runtime)
         }))
     }
 }
 
-impl<A: Aggregate> IntoFuture for Execute<A> {
-    type Output = Result<Receipt<A::Reply>, ExecuteError<A::Error>>;
+impl<A: Aggregate> Execute<ToAggregate<A>> {
+    /// Sets the version that the aggregate must have when the command is decided. Default: any.
+    pub fn expect_version(mut self, expected: ExpectedVersion) -> Self {
+        self.expected = expected;
+        self
+    }
+}
+
+impl<T: Routed> IntoFuture for Execute<T> {
+    type Output = Answer<T>;
     type IntoFuture = BoxFuture<'static, Self::Output>;
 
     fn into_future(mut self) -> Self::IntoFuture {
@@ -158,10 +227,10 @@ impl<A: Aggregate> IntoFuture for Execute<A> {
     }
 }
 
-impl<A: Aggregate> fmt::Debug for Execute<A> {
+impl<T: Routed> fmt::Debug for Execute<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Execute")
-            .field("category", &<A::Event as Event>::CATEGORY)
+            .field("name", &T::NAME)
             .field("id", &self.id)
             .field("command_id", &self.envelope.id)
             .finish_non_exhaustive()

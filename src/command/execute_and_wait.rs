@@ -1,14 +1,14 @@
 //! Commands that also wait until a projection has applied them.
 
 use std::fmt;
-use std::sync::Arc;
 use std::time::Duration;
 
-use super::dispatcher::Dispatcher;
+use super::target::ToAggregate;
 use super::{Execute, ExecuteError, NotExecutedKind, Receipt};
 use crate::aggregate::Aggregate;
 use crate::event::Position;
 use crate::future::BoxFuture;
+use crate::projection::WaitError;
 use crate::time::FAR;
 
 /// A command that also waits for a projection.
@@ -16,8 +16,7 @@ use crate::time::FAR;
 /// [`Execute::wait_for`] creates it.
 #[must_use = "a command does nothing until it is awaited"]
 pub struct ExecuteAndWait<A: Aggregate> {
-    execute: Execute<A>,
-    commands: Arc<Dispatcher>,
+    execute: Execute<ToAggregate<A>>,
     name: String,
     patience: Duration,
 }
@@ -42,7 +41,7 @@ pub struct ProjectionLag {
     pub reason: String,
 }
 
-impl<A: Aggregate> Execute<A> {
+impl<A: Aggregate> Execute<ToAggregate<A>> {
     /// Also waits until the projection `name` of this node has applied the command's events.
     ///
     /// The wait for the projection has the same [`timeout`](Self::timeout), from the receipt on.
@@ -50,10 +49,10 @@ impl<A: Aggregate> Execute<A> {
     /// like a failed command. If this node runs no such projection, the command is not executed
     /// ([`NotExecutedKind::UnknownProjection`](crate::NotExecutedKind::UnknownProjection)).
     pub fn wait_for(self, name: impl Into<String>) -> ExecuteAndWait<A> {
-        let (commands, timeout) = (self.commands.clone(), self.envelope.timeout());
+        let timeout = self.envelope.receive;
         // A zero timeout means no limit, for the receipt and for the projection.
-        let timeout = if timeout.is_zero() { FAR } else { timeout };
-        ExecuteAndWait { execute: self, commands, name: name.into(), patience: timeout }
+        let patience = if timeout.is_zero() { FAR } else { timeout };
+        ExecuteAndWait { execute: self, name: name.into(), patience }
     }
 }
 
@@ -75,14 +74,16 @@ impl<A: Aggregate> IntoFuture for ExecuteAndWait<A> {
         Box::pin(async move {
             // Check the name before the command runs: afterwards, a wrong name and a slow
             // projection look the same to the caller.
-            let known = self.commands.projections();
-            if !known.contains(&self.name) {
+            let projections = &self.execute.commands.projections;
+            let Some(projection) = projections.iter().find(|one| one.name() == self.name).cloned() else {
+                let known = projections.iter().map(|one| one.name().to_owned()).collect();
                 return Err(NotExecutedKind::UnknownProjection { name: self.name, known }.into());
-            }
+            };
             let receipt = self.execute.await?;
             let position = receipt.position;
-            let applied = self.commands.caught_up(&self.name, position, self.patience).await;
-            Ok(Applied { receipt, applied: applied.map_err(|reason| ProjectionLag { position, reason }) })
+            let applied = projection.caught_up_to_within(position, self.patience).await;
+            let lag = |error: WaitError| ProjectionLag { position, reason: error.to_string() };
+            Ok(Applied { receipt, applied: applied.map_err(lag) })
         })
     }
 }

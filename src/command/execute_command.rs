@@ -2,7 +2,7 @@
 
 use std::any::type_name;
 
-use super::{Execute, ExecuteError, Receipt};
+use super::{Execute, ExecuteError, Receipt, ToAggregate};
 use crate::aggregate::Aggregate;
 use crate::future::BoxFuture;
 
@@ -72,16 +72,19 @@ pub trait Command: Into<<Self::Aggregate as Aggregate>::Command> {
 #[derive(Debug)]
 #[must_use = "a command does nothing until it is awaited"]
 pub struct ExecuteCommand<C: Command> {
-    request: Execute<C::Aggregate>,
+    request: Execute<ToAggregate<C::Aggregate>>,
 }
 
 impl<C: Command> ExecuteCommand<C> {
-    pub(crate) fn new(request: Execute<C::Aggregate>) -> Self {
+    pub(crate) fn new(request: Execute<ToAggregate<C::Aggregate>>) -> Self {
         Self { request }
     }
 
     /// Sets options of the command: `.with(|request| request.command_id(id))`.
-    pub fn with(self, set: impl FnOnce(Execute<C::Aggregate>) -> Execute<C::Aggregate>) -> Self {
+    pub fn with(
+        self,
+        set: impl FnOnce(Execute<ToAggregate<C::Aggregate>>) -> Execute<ToAggregate<C::Aggregate>>,
+    ) -> Self {
         Self { request: set(self.request) }
     }
 }

@@ -3,16 +3,12 @@
 mod actor;
 mod caller;
 mod context;
-#[cfg_attr(not(feature = "nats"), allow(dead_code, reason = "parts serve other nodes"))]
-mod endpoint;
 mod job;
 mod message;
 mod nested_commands;
 mod options;
-mod request;
-mod router;
 mod run;
-mod status;
+mod target;
 mod worker_slot;
 mod yield_slot;
 
@@ -23,10 +19,8 @@ use serde::de::DeserializeOwned;
 use uuid::Uuid;
 
 pub use self::context::HandlerContext;
+pub(crate) use self::job::Shared as HandlerShared;
 pub use self::options::HandlerOptions;
-pub use self::request::Request;
-pub(crate) use self::router::HandlerRouter;
-pub use self::status::HandlerStatus;
 pub(super) use self::yield_slot::{YieldSlot, yield_slot_while};
 use super::ExecuteError;
 
@@ -144,6 +138,16 @@ impl<E, N: fmt::Display> From<ExecuteError<N>> for HandleError<E> {
     }
 }
 
+/// The status of a handler. Serializes as a map of its fields.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
+pub struct HandlerStatus {
+    /// Name of the handler.
+    pub name: &'static str,
+    /// Number of commands in flight, including queued ones.
+    pub in_flight: usize,
+}
+
 /// The answer of a handler. The outcome of the command is durable.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
@@ -154,9 +158,4 @@ pub struct Handled<R = ()> {
     pub reply: R,
     /// Whether the command was handled before this call. The answer is then the recorded one.
     pub duplicate: bool,
-}
-
-/// Returns the key of a command. I10: a panic in [`Handler::key`] refuses only this command.
-pub(super) fn key_of<H: Handler>(command: &H::Command) -> Result<Option<String>, String> {
-    crate::panic::caught(|| H::key(command)).map_err(|panic| format!("Handler::key panicked: {panic}"))
 }

@@ -4,7 +4,6 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
-use ractor::concurrency::oneshot;
 use uuid::Uuid;
 
 use super::{Dispatched, ExecuteError};
@@ -77,13 +76,8 @@ impl CommandHooks {
             .unwrap_or_else(|panic| Err(format!("a hook before the command panicked: {panic}")))
     }
 
-    /// Returns whether a hook runs after commands of this name.
-    pub(super) fn has_after(&self, name: &str) -> bool {
-        self.after.iter().any(|(concerned, _)| concerned.as_deref().is_none_or(|concerned| concerned == name))
-    }
-
     /// Runs the hooks after a command. A panic in a hook does not change the result.
-    pub(super) fn after<T, E: std::error::Error>(
+    fn after<T, E: std::error::Error>(
         &self,
         info: &CommandInfo<'_>,
         runtime: Duration,
@@ -112,51 +106,44 @@ impl fmt::Debug for CommandHooks {
     }
 }
 
-/// The after-hooks of a command of this process, if there are any.
-pub(super) struct Watch(Option<Watched>);
-
-struct Watched {
+/// The hooks after one command, with the command's data.
+pub(super) struct AfterHooks {
     hooks: CommandHooks,
-    name: &'static str,
+    name: String,
     key: Option<String>,
+    id: Uuid,
     metadata: Metadata,
 }
 
-/// Prepares the after-hooks of a command of this process.
-pub(super) fn watched(
-    hooks: &CommandHooks,
-    metadata: &Metadata,
-    name: &'static str,
-    key: Option<&str>,
-) -> Watch {
-    Watch(hooks.has_after(name).then(|| Watched {
-        hooks: hooks.clone(),
-        name,
-        key: key.map(Into::into),
-        metadata: metadata.clone(),
-    }))
-}
+impl AfterHooks {
+    /// Returns `None` if no hook runs after the command.
+    pub(super) fn of(hooks: &CommandHooks, info: &CommandInfo<'_>) -> Option<Self> {
+        let CommandInfo { name, key, id, metadata } = *info;
+        hooks.after.iter().any(|(concerned, _)| concerns(concerned, info)).then(|| Self {
+            hooks: hooks.clone(),
+            name: name.to_owned(),
+            key: key.map(Into::into),
+            id,
+            metadata: metadata.clone(),
+        })
+    }
 
-impl Watch {
     /// Runs the hooks when the command ends, even if its caller has stopped waiting.
     pub(super) fn over<T, E>(self, dispatched: Dispatched<T, E>) -> Dispatched<T, E>
     where
         T: Send + 'static,
         E: std::error::Error + Send + 'static,
     {
-        let Some(Watched { hooks, name, key, metadata }) = self.0 else { return dispatched };
-        let id: Uuid = dispatched.command_id();
-        let (sender, receiver) = oneshot();
-        tokio::spawn(async move {
+        let Self { hooks, name, key, id, metadata } = self;
+        let task = tokio::spawn(async move {
             let report = dispatched.report().await;
-            let info = CommandInfo { name, key: key.as_deref(), id, metadata: &metadata };
+            let info = CommandInfo { name: &name, key: key.as_deref(), id, metadata: &metadata };
             hooks.after(&info, report.runtime, &report.result);
-            // A failed send means that the caller has stopped waiting.
-            let _ = sender.send((report.result, report.runtime));
+            (report.result, report.runtime)
         });
         Dispatched::new(id, async move {
-            receiver.await.unwrap_or_else(|_| {
-                let reason = "a hook after the command panicked".to_owned();
+            task.await.unwrap_or_else(|_| {
+                let reason = "the runtime ended before an answer arrived".to_owned();
                 (Err(ExecuteError::OutcomeUnknown { command_id: id, reason }), Duration::ZERO)
             })
         })

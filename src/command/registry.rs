@@ -1,38 +1,41 @@
 //! The aggregates and handlers of this process. They are fixed after the start of the runtime.
 
-use std::any::TypeId;
+use std::any::Any;
 use std::collections::HashMap;
 use std::fmt;
 
+use ractor::{ActorCell, SpawnErr};
 use tokio::time::Instant;
 
 use super::endpoint::Endpoint;
 use super::handler::HandlerStatus;
+use super::router::Router;
+use super::target::{Routed, TargetStatus};
 use super::wire::Kind;
 use crate::aggregate::RouterStatus;
 
 /// The aggregates and handlers of a node.
 #[derive(Default)]
 pub(crate) struct Registry {
-    by_type: HashMap<TypeId, (Kind, &'static str)>,
     endpoints: HashMap<(Kind, &'static str), Box<dyn Endpoint>>,
 }
 
 impl Registry {
-    /// Adds the endpoint of the aggregate or handler `T`.
-    pub(super) fn register<T: 'static>(
+    /// Adds an aggregate or handler, and starts its actor under `supervisor`.
+    pub(crate) fn start<T: Routed>(
         &mut self,
-        kind: Kind,
-        name: &'static str,
-        endpoint: Box<dyn Endpoint>,
-    ) {
-        self.by_type.insert(TypeId::of::<T>(), (kind, name));
-        self.endpoints.insert((kind, name), endpoint);
+        shared: T::Shared,
+        supervisor: ActorCell,
+    ) -> Result<(), SpawnErr> {
+        let router = Router::<T>::start(shared, supervisor)?;
+        self.endpoints.insert((T::KIND, T::NAME), Box::new(router));
+        Ok(())
     }
 
-    /// Returns the endpoint, of type `R`, of the aggregate or handler `T`.
-    pub(super) fn of<T: 'static, R: 'static>(&self) -> Option<&R> {
-        self.endpoints.get(self.by_type.get(&TypeId::of::<T>())?)?.as_any().downcast_ref()
+    /// Returns the router of an aggregate or handler of this node.
+    pub(crate) fn router<T: Routed>(&self) -> Option<&Router<T>> {
+        let endpoint: &dyn Any = &**self.endpoints.get(&(T::KIND, T::NAME))?;
+        endpoint.downcast_ref()
     }
 
     pub(super) fn endpoint(&self, kind: Kind, name: &str) -> Option<&dyn Endpoint> {
@@ -46,17 +49,18 @@ impl Registry {
         self.endpoints.keys().filter(move |(of, _)| *of == kind).map(|(_, name)| *name)
     }
 
-    pub(crate) fn aggregates(&self) -> Vec<RouterStatus> {
-        let mut status: Vec<_> =
-            self.endpoints.values().filter_map(|endpoint| endpoint.aggregate()).collect();
-        status.sort_by(|a, b| a.category.cmp(&b.category));
-        status
-    }
-
-    pub(crate) fn handlers(&self) -> Vec<HandlerStatus> {
-        let mut status: Vec<_> = self.endpoints.values().filter_map(|endpoint| endpoint.handler()).collect();
-        status.sort_by_key(|handler| handler.name);
-        status
+    /// Returns the status of the aggregates by category, and of the handlers by name.
+    pub(crate) fn status(&self) -> (Vec<RouterStatus>, Vec<HandlerStatus>) {
+        let (mut aggregates, mut handlers) = (Vec::new(), Vec::new());
+        for endpoint in self.endpoints.values() {
+            match endpoint.status() {
+                TargetStatus::Aggregate(status) => aggregates.push(status),
+                TargetStatus::Handler(status) => handlers.push(status),
+            }
+        }
+        aggregates.sort_by(|a, b| a.category.cmp(&b.category));
+        handlers.sort_by_key(|handler| handler.name);
+        (aggregates, handlers)
     }
 
     /// Stops admission of all endpoints, and waits for the commands in flight.

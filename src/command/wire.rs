@@ -10,10 +10,10 @@ mod reply;
 pub(crate) use self::failure::{About, Code, Failure, lost_reply};
 #[cfg(feature = "nats")]
 pub(crate) use self::frame::Sent;
-pub(crate) use self::frame::{CommandFrame, Expected, Kind};
+pub(crate) use self::frame::{CommandFrame, Kind};
 #[cfg(feature = "nats")]
 pub(crate) use self::outcome::Answered;
-pub(crate) use self::outcome::{Done, Outcome, encode_receipt, read_reply};
+pub(crate) use self::outcome::{Done, Outcome, read_reply};
 #[cfg(feature = "nats")]
 pub(crate) use self::reply::{Reply, ReplyKind};
 

@@ -1,6 +1,5 @@
 //! Assembles a runtime: checks every registration, then starts the components in order.
 
-use std::any::type_name;
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
@@ -8,19 +7,17 @@ use std::time::Duration;
 use uuid::Uuid;
 
 use super::Runtime;
-use super::commands::{self, Following, HandlerRegistration, forgetting};
+use super::commands::{Registration, TargetServices, forgetting};
 use super::error::StartError;
 use super::inner::Inner;
 use super::projections::ProjectionRegistration;
 #[cfg(feature = "otel")]
 use super::status_metrics;
-use super::supervisor::Supervisor;
-use crate::aggregate::{Aggregate, AggregateOptions, Router};
+use crate::aggregate::{Aggregate, AggregateOptions};
 use crate::bus::{EventBus, IntoEventBus};
-use crate::command::{CommandBus, Dispatcher, Handler, HandlerOptions, Registry, StartRouterError};
-use crate::event::{EncodeError, Event, EventTypes};
+use crate::command::{CommandBus, Dispatcher, Handler, HandlerOptions, Registry};
 use crate::feed::{Feed, FeedOptions};
-use crate::invalid_option::{DAY, InvalidOption, within};
+use crate::invalid_option::{DAY, within};
 use crate::lease::LeaseWatcher;
 use crate::partition;
 use crate::projection::{
@@ -30,7 +27,7 @@ use crate::projection::{
 use crate::publisher::{Publisher, PublisherOptions};
 use crate::startup::{self, START_TIMEOUT};
 use crate::store::{EventStore, GroupCommitter, IntoEventStore};
-use crate::supervised::Task;
+use crate::supervised::{Supervisor, Task};
 use crate::telemetry::Metrics;
 #[cfg(feature = "otel")]
 use crate::telemetry::Telemetry;
@@ -43,26 +40,13 @@ pub struct Builder {
     publisher: PublisherOptions,
     aggregates: Vec<Registration>,
     commands: CommandBus,
-    handlers: Vec<HandlerRegistration>,
+    handlers: Vec<Registration>,
     feed: FeedOptions,
     projections: Vec<ProjectionRegistration>,
     start_timeout: Duration,
     #[cfg(feature = "otel")]
     telemetry: Option<Telemetry>,
 }
-
-/// A registered aggregate type, until the runtime starts.
-struct Registration {
-    category: &'static str,
-    type_name: &'static str,
-    /// Checks that the events can be stored.
-    check: fn() -> Result<(), EncodeError>,
-    options: Result<(), InvalidOption>,
-    start: Box<StartAggregate>,
-}
-
-type StartAggregate = dyn FnOnce(&mut Registry, Arc<dyn EventStore>, GroupCommitter, &Supervisor) -> Result<(), StartRouterError>
-    + Send;
 
 impl Builder {
     /// Sets the event store. Required.
@@ -221,18 +205,7 @@ impl Builder {
 
     /// Executes commands of aggregates of type `A`.
     pub fn aggregate_with<A: Aggregate>(mut self, options: AggregateOptions<A>) -> Self {
-        self.aggregates.push(Registration {
-            category: <A::Event as Event>::CATEGORY,
-            type_name: type_name::<A>(),
-            check: || EventTypes::of::<A::Event>().map(drop),
-            options: options.validate(),
-            start: Box::new(move |handlers, store, writer, supervisor| {
-                let router = Router::start(store, writer, options, supervisor.cell())?;
-                supervisor.adopt(Box::new(router.clone()));
-                handlers.aggregate(router);
-                Ok(())
-            }),
-        });
+        self.aggregates.push(Registration::aggregate(options));
         self
     }
 
@@ -243,7 +216,7 @@ impl Builder {
 
     /// Executes commands that belong to no aggregate.
     pub fn handler_with<H: Handler>(mut self, handler: H, options: HandlerOptions) -> Self {
-        self.handlers.push(HandlerRegistration::new(handler, options));
+        self.handlers.push(Registration::handler(handler, options));
         self
     }
 
@@ -297,7 +270,7 @@ impl Builder {
             bus.observe(&telemetry);
         }
         let node = Uuid::now_v7();
-        let supervisor = Supervisor::start().await.map_err(StartError::Actor)?;
+        let supervisor = Supervisor::start().await?;
         let feed = Feed::start(store.clone(), self.bus.clone(), self.feed);
         let publisher = match self.bus.clone() {
             None => None,
@@ -325,10 +298,18 @@ impl Builder {
         let writer = GroupCommitter::start(store.clone(), metrics.clone());
         let forgetting = (!self.handlers.is_empty())
             .then(|| Task::spawn(forgetting(store.clone(), self.commands.retention())));
-        let commands = Dispatcher::new(self.commands.hooks(), metrics);
-        let registry =
-            start_routers(self.aggregates, self.handlers, &store, &writer, &commands, &supervisor)?;
-        commands.open(registry, Box::new(Following(handles.clone())));
+        let commands = Dispatcher::new(self.commands.hooks(), metrics, handles.clone());
+        let mut registry = Registry::default();
+        let services = TargetServices {
+            store: store.clone(),
+            writer: writer.clone(),
+            commands: Arc::downgrade(&commands),
+            supervisor: supervisor.cell(),
+        };
+        for registration in self.aggregates.into_iter().chain(self.handlers) {
+            (registration.start)(&mut registry, services.clone())?;
+        }
+        commands.open(registry);
         #[cfg(feature = "nats")]
         commands.connect(self.commands, store.info(), node).await;
         let inner = Inner {
@@ -351,18 +332,11 @@ impl Builder {
 
     /// Checks every registration and option, before anything runs.
     fn check_registrations(&self) -> Result<(), StartError> {
-        for (index, registration) in self.aggregates.iter().enumerate() {
-            let same = |other: &&Registration| other.category == registration.category;
-            if let Some(other) = self.aggregates[..index].iter().find(same) {
-                return Err(StartError::SameCategory {
-                    category: registration.category,
-                    first: other.type_name,
-                    second: registration.type_name,
-                });
-            }
-            (registration.check)()?;
-            registration.options.clone()?;
-        }
+        Registration::check(&self.aggregates, |first, second| StartError::SameCategory {
+            category: first.name,
+            first: first.type_name,
+            second: second.type_name,
+        })?;
         for (index, ProjectionRegistration { name, .. }) in self.projections.iter().enumerate() {
             if let Some(reason) = projection::name_problem(name) {
                 return Err(StartError::ProjectionName { name: name.chars().take(80).collect(), reason });
@@ -374,31 +348,12 @@ impl Builder {
         within("Builder::start_timeout", self.start_timeout, Duration::ZERO..=DAY)?;
         self.publisher.validate()?;
         self.feed.validate()?;
-        commands::check(&self.handlers)?;
+        Registration::check(&self.handlers, |_, other| StartError::SameHandler { name: other.name })?;
         self.bus.as_ref().map_or(Ok(()), |bus| bus.check())?;
         self.commands.validate()?;
         self.commands.check()?;
         Ok(())
     }
-}
-
-/// Starts the routers of the aggregates and of the handlers.
-fn start_routers(
-    aggregates: Vec<Registration>,
-    handlers: Vec<HandlerRegistration>,
-    store: &Arc<dyn EventStore>,
-    writer: &GroupCommitter,
-    commands: &Arc<Dispatcher>,
-    supervisor: &Supervisor,
-) -> Result<Registry, StartError> {
-    let mut registry = Registry::default();
-    for registration in aggregates {
-        (registration.start)(&mut registry, store.clone(), writer.clone(), supervisor)?;
-    }
-    for registration in handlers {
-        registration.start(&mut registry, store.clone(), commands, supervisor)?;
-    }
-    Ok(registry)
 }
 
 impl Runtime {
@@ -422,7 +377,7 @@ impl Runtime {
 
 impl fmt::Debug for Builder {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let categories: Vec<_> = self.aggregates.iter().map(|registration| registration.category).collect();
+        let categories: Vec<_> = self.aggregates.iter().map(|registration| registration.name).collect();
         f.debug_struct("Builder").field("aggregates", &categories).finish_non_exhaustive()
     }
 }

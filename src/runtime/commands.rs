@@ -1,18 +1,17 @@
-//! The runtime's part of commands: handlers, waiting for projections, expired records.
+//! The runtime's part of commands: registrations and expired records.
 
-use std::sync::Arc;
+use std::any::type_name;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-use ractor::SpawnErr;
+use ractor::ActorCell;
 
 use super::error::StartError;
-use super::supervisor::Supervisor;
-use crate::command::{Dispatcher, Handler, HandlerOptions, HandlerRouter, ProjectionWaiter, Registry};
-use crate::event::{InvalidName, Position, check_name};
-use crate::future::BoxFuture;
+use crate::aggregate::{self, Aggregate, AggregateOptions};
+use crate::command::{Dispatcher, Handler, HandlerOptions, HandlerShared, Registry, ToAggregate, ToHandler};
+use crate::event::{Event, EventTypes, check_name};
 use crate::invalid_option::InvalidOption;
-use crate::projection::ProjectionHandle;
-use crate::store::EventStore;
+use crate::store::{EventStore, GroupCommitter};
 
 /// Interval between deletions of expired records.
 const FORGET_EVERY: Duration = Duration::from_secs(30 * 60);
@@ -20,73 +19,67 @@ const FORGET_EVERY: Duration = Duration::from_secs(30 * 60);
 /// Maximum number of records that one call deletes.
 const FORGET: usize = 1_000;
 
-/// A registered handler, until the runtime starts.
-pub(super) struct HandlerRegistration {
-    name: &'static str,
+/// A registered aggregate or handler, until the runtime starts.
+pub(super) struct Registration {
+    /// Category of the aggregate, or name of the handler.
+    pub(super) name: &'static str,
+    pub(super) type_name: &'static str,
+    /// Checks the name and the types.
+    check: Box<dyn Fn() -> Result<(), StartError> + Send>,
     options: Result<(), InvalidOption>,
-    start: Box<StartHandler>,
+    pub(super) start: Box<StartTarget>,
 }
 
-type StartHandler = dyn FnOnce(&mut Registry, Arc<dyn EventStore>, &Arc<Dispatcher>, &Supervisor) -> Result<(), SpawnErr>
-    + Send;
+type StartTarget = dyn FnOnce(&mut Registry, TargetServices) -> Result<(), StartError> + Send;
 
-impl HandlerRegistration {
-    pub(super) fn new<H: Handler>(handler: H, options: HandlerOptions) -> Self {
-        let checked = options.validate();
-        let start =
-            move |registry: &mut Registry, store, commands: &Arc<Dispatcher>, supervisor: &Supervisor| {
-                let (commands, root) = (Arc::downgrade(commands), supervisor.cell());
-                let router = HandlerRouter::start(handler, options, store, commands, root)?;
-                supervisor.adopt(Box::new(router.clone()));
-                registry.add_handler(router);
-                Ok(())
-            };
-        Self { name: H::NAME, options: checked, start: Box::new(start) }
-    }
-
-    pub(super) fn start(
-        self,
-        registry: &mut Registry,
-        store: Arc<dyn EventStore>,
-        commands: &Arc<Dispatcher>,
-        supervisor: &Supervisor,
-    ) -> Result<(), SpawnErr> {
-        (self.start)(registry, store, commands, supervisor)
-    }
+/// The components that the actors of aggregates and handlers use.
+#[derive(Clone)]
+pub(super) struct TargetServices {
+    pub(super) store: Arc<dyn EventStore>,
+    pub(super) writer: GroupCommitter,
+    pub(super) commands: Weak<Dispatcher>,
+    pub(super) supervisor: ActorCell,
 }
 
-/// Rejects invalid and duplicate names of handlers.
-pub(super) fn check(handlers: &[HandlerRegistration]) -> Result<(), StartError> {
-    for (index, HandlerRegistration { name, options, .. }) in handlers.iter().enumerate() {
-        check_name("handler name", name).map_err(|error: InvalidName| StartError::HandlerName(error))?;
-        if handlers[..index].iter().any(|other| other.name == *name) {
-            return Err(StartError::SameHandler { name });
+impl Registration {
+    pub(super) fn aggregate<A: Aggregate>(options: AggregateOptions<A>) -> Self {
+        Self {
+            name: <A::Event as Event>::CATEGORY,
+            type_name: type_name::<A>(),
+            check: Box::new(|| Ok(EventTypes::of::<A::Event>().map(drop)?)),
+            options: options.validate(),
+            start: Box::new(move |registry, services| {
+                let TargetServices { store, writer, supervisor, .. } = services;
+                let shared = aggregate::Shared::new(store, writer, options)?;
+                Ok(registry.start::<ToAggregate<A>>(shared, supervisor)?)
+            }),
         }
-        options.clone()?;
-    }
-    Ok(())
-}
-
-/// The projections of this node, for callers that wait until one has applied their events.
-pub(super) struct Following(pub(super) Vec<ProjectionHandle>);
-
-impl ProjectionWaiter for Following {
-    fn names(&self) -> Vec<String> {
-        self.0.iter().map(|projection| projection.name().to_owned()).collect()
     }
 
-    fn caught_up<'a>(
-        &'a self,
-        name: &'a str,
-        position: Position,
-        patience: Duration,
-    ) -> BoxFuture<'a, Result<(), String>> {
-        Box::pin(async move {
-            let projection = self.0.iter().find(|projection| projection.name() == name);
-            let projection =
-                projection.ok_or_else(|| format!("there is no projection {name:?} on this node"))?;
-            projection.caught_up_to_within(position, patience).await.map_err(|error| error.to_string())
-        })
+    pub(super) fn handler<H: Handler>(handler: H, options: HandlerOptions) -> Self {
+        Self {
+            name: H::NAME,
+            type_name: type_name::<H>(),
+            check: Box::new(|| Ok(check_name("handler name", H::NAME)?)),
+            options: options.validate(),
+            start: Box::new(move |registry, services| {
+                let TargetServices { store, commands, supervisor, .. } = services;
+                let shared = HandlerShared { handler, options, store, commands };
+                Ok(registry.start::<ToHandler<H>>(shared, supervisor)?)
+            }),
+        }
+    }
+
+    /// Checks registrations of one kind. `same`: the error if two have the same name.
+    pub(super) fn check(all: &[Self], same: impl Fn(&Self, &Self) -> StartError) -> Result<(), StartError> {
+        for (index, one) in all.iter().enumerate() {
+            if let Some(other) = all[..index].iter().find(|other| other.name == one.name) {
+                return Err(same(other, one));
+            }
+            (one.check)()?;
+            one.options.clone()?;
+        }
+        Ok(())
     }
 }
 
@@ -104,5 +97,70 @@ pub(super) async fn forgetting(store: Arc<dyn EventStore>, age: Duration) {
             }
         }
         tokio::time::sleep(FORGET_EVERY).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde::{Deserialize, Serialize};
+
+    use crate::command::ToAggregate;
+    use crate::{Aggregate, Context, Decision, Event, ExecuteError, MemoryStore, NotExecutedKind, Runtime};
+
+    #[derive(Default)]
+    struct Light {
+        switched: u64,
+    }
+
+    #[derive(Serialize, Deserialize)]
+    enum LightEvent {
+        Switched,
+    }
+
+    #[derive(Debug, Serialize, Deserialize, thiserror::Error)]
+    #[error("never")]
+    struct Never;
+
+    impl Event for LightEvent {
+        const CATEGORY: &'static str = "light";
+    }
+
+    impl Aggregate for Light {
+        type Event = LightEvent;
+        type Command = ();
+        type Reply = u64;
+        type Error = Never;
+
+        fn handle(&self, (): &(), _: &Context<'_>) -> Result<Decision<LightEvent, u64>, Never> {
+            Ok(Decision::event(LightEvent::Switched).reply(self.switched + 1))
+        }
+
+        fn apply(&mut self, _: &LightEvent) {
+            self.switched += 1;
+        }
+    }
+
+    #[tokio::test]
+    async fn an_actor_that_ends_is_restarted() {
+        let runtime =
+            Runtime::builder().store(MemoryStore::new()).aggregate::<Light>().start().await.unwrap();
+        for round in 1..=3 {
+            loop {
+                match runtime.execute::<Light>("hall", ()).await {
+                    Ok(receipt) => break assert_eq!(receipt.reply, round),
+                    // While the actor stops.
+                    Err(ExecuteError::NotExecuted { kind: NotExecutedKind::Restarting { .. }, .. }) => {
+                        tokio::task::yield_now().await
+                    }
+                    Err(error) => panic!("{error}"),
+                }
+            }
+            let router = runtime.inner.commands.registry().router::<ToAggregate<Light>>().unwrap().actor();
+            router.kill();
+            while router.get_status() != ractor::ActorStatus::Stopped {
+                tokio::task::yield_now().await;
+            }
+        }
+        runtime.shutdown().await.unwrap();
     }
 }

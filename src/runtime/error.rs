@@ -4,7 +4,6 @@ use ractor::SpawnErr;
 
 use crate::aggregate::node_runs;
 use crate::bus::BusError;
-use crate::command::StartRouterError;
 use crate::event::{EncodeError, InvalidName};
 use crate::invalid_option::InvalidOption;
 use crate::store::StoreError;
@@ -110,15 +109,6 @@ pub enum StartError {
 impl From<SpawnErr> for StartError {
     fn from(error: SpawnErr) -> Self {
         Self::Actor(error.to_string())
-    }
-}
-
-impl From<StartRouterError> for StartError {
-    fn from(error: StartRouterError) -> Self {
-        match error {
-            StartRouterError::Events(error) => Self::Events(error),
-            StartRouterError::Spawn(error) => error.into(),
-        }
     }
 }
 

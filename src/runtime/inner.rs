@@ -4,14 +4,13 @@ use std::sync::Arc;
 
 use uuid::Uuid;
 
-use super::supervisor::Supervisor;
 use crate::bus::EventBus;
 use crate::command::Dispatcher;
 use crate::feed::Feed;
 use crate::projection::ProjectionHandle;
 use crate::publisher::{Publisher, PublisherState, PublisherStatus};
 use crate::store::{EventStore, GroupCommitter};
-use crate::supervised::Task;
+use crate::supervised::{Supervisor, Task};
 
 /// The components of a running node.
 pub(super) struct Inner {

@@ -78,7 +78,7 @@ fn observe_appends(node: &Observed<'_>) {
 
 fn observe_commands(node: &Observed<'_>) {
     node.level(("storied.aggregate.live", "{aggregate}", "Aggregates in memory"), |inner, observer| {
-        for status in inner.commands.registry().aggregates() {
+        for status in inner.commands.registry().status().0 {
             let category = KeyValue::new("storied.command.name", status.category);
             observer.observe(signed(status.live), &[category]);
         }
@@ -86,12 +86,12 @@ fn observe_commands(node: &Observed<'_>) {
     node.level(
         ("storied.command.active", "{command}", "Commands in flight on this node"),
         |inner, observer| {
-            let registry = inner.commands.registry();
-            for status in registry.aggregates() {
+            let (aggregates, handlers) = inner.commands.registry().status();
+            for status in aggregates {
                 let name = KeyValue::new("storied.command.name", status.category);
                 observer.observe(signed(status.in_flight), &[name]);
             }
-            for status in registry.handlers() {
+            for status in handlers {
                 let name = KeyValue::new("storied.command.name", status.name);
                 observer.observe(signed(status.in_flight), &[name]);
             }

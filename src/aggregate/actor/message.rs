@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use chrono::{DateTime, Utc};
-use ractor::{MessagingErr, RpcReplyPort};
+use ractor::concurrency::OneshotSender;
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::Instant;
 use uuid::Uuid;
@@ -37,7 +37,7 @@ pub(crate) struct CommandRequest<A: Aggregate> {
     pub(crate) span: CommandSpan,
     /// Permit within the router's limit of commands in flight. The answer releases it.
     pub(crate) _permit: OwnedSemaphorePermit,
-    pub(crate) reply: RpcReplyPort<CommandResult<A>>,
+    pub(crate) reply: OneshotSender<CommandResult<A>>,
 }
 
 /// A guard that counts a command as in flight for its aggregate. The answer drops it.
@@ -67,8 +67,8 @@ pub(in crate::aggregate) enum AggregateMessage<A: Aggregate> {
 }
 
 /// Answers a caller. Logs an error that the caller no longer waits for.
-pub(super) fn answer<R, E: std::fmt::Display>(port: RpcReplyPort<Result<R, E>>, answer: Result<R, E>) {
-    if let Err(MessagingErr::SendErr(Err(error))) = port.send(answer) {
+pub(super) fn answer<R, E: std::fmt::Display>(port: OneshotSender<Result<R, E>>, answer: Result<R, E>) {
+    if let Err(Err(error)) = port.send(answer) {
         let error = text_of(&error);
         tracing::warn!(error, "command failed after its caller stopped waiting");
     }

@@ -9,11 +9,6 @@ use super::shared::Shared;
 use crate::event::{StreamId, Version};
 use crate::panic::panic_text;
 
-/// Maximum number of concurrent snapshot writes for one kind of aggregate.
-///
-/// The actor skips further ones.
-pub(in crate::aggregate) const SNAPSHOTS_UNDER_WAY: usize = 4;
-
 /// Encodes the state if a snapshot is due.
 ///
 /// The state may be speculative. The encoded form waits until its version is durable.

@@ -4,32 +4,28 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::panic::AssertUnwindSafe;
-use std::sync::{Arc, PoisonError, RwLock, Weak};
+use std::sync::Arc;
 
 use futures_util::FutureExt;
 use ractor::concurrency::OneshotSender;
-use ractor::{Actor, ActorCell, ActorId, ActorProcessingErr, ActorRef, ActorRuntime, SpawnErr};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use ractor::{Actor, ActorProcessingErr, ActorRef};
+use tokio::sync::OwnedSemaphorePermit;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 use uuid::Uuid;
 
 use super::Handler;
 use super::caller::Caller;
-use super::job::{AttemptResult, HandlerJob, Shared};
+use super::job::{AttemptResult, Shared};
 use super::message::{Message, WorkerPermit};
-use super::options::HandlerOptions;
-use super::router::HandlerRouter;
 use super::run::run;
 use crate::command::NotExecutedKind;
-use crate::command::dispatcher::Dispatcher;
+use crate::command::target::{RoutedCommand, ToHandler};
 use crate::panic::{panic_text, text_of};
-use crate::store::EventStore;
-use crate::supervised::Respawn;
 
 /// A queued or running command. It outlives its callers, and a repetition joins it.
-struct Current<H: Handler> {
-    fingerprint: Uuid,
+pub(crate) struct Current<H: Handler> {
+    fingerprint: u128,
     /// Time at which the last caller stops waiting.
     deadline: Instant,
     callers: Vec<Caller<H>>,
@@ -39,59 +35,19 @@ struct Current<H: Handler> {
     _permit: Arc<OwnedSemaphorePermit>,
 }
 
-fn spawn<H: Handler>(
-    shared: &Arc<Shared<H>>,
-    supervisor: ActorCell,
-) -> Result<ActorRef<Message<H>>, SpawnErr> {
-    Ok(ActorRuntime::spawn_linked_instant(None, HandlerActor(shared.clone()), (), supervisor)?.0)
-}
+pub(crate) struct HandlerActor<H>(pub(super) Arc<Shared<H>>);
 
-impl<H: Handler> HandlerRouter<H> {
-    /// Starts the handler's actor under `supervisor`.
-    pub(crate) fn start(
-        handler: H,
-        options: HandlerOptions,
-        store: Arc<dyn EventStore>,
-        commands: Weak<Dispatcher>,
-        supervisor: ActorCell,
-    ) -> Result<Self, SpawnErr> {
-        let admission = Arc::new(Semaphore::new(options.in_flight));
-        let shared = Arc::new(Shared { handler, options, store, commands });
-        let actor = Arc::new(RwLock::new(spawn(&shared, supervisor)?));
-        Ok(Self { actor, shared, admission, closing: Arc::default() })
-    }
-}
-
-impl<H: Handler> Respawn for HandlerRouter<H> {
-    fn name(&self) -> &'static str {
-        H::NAME
-    }
-
-    fn actor(&self) -> Option<ActorId> {
-        Some(self.actor().get_id())
-    }
-
-    fn respawn(&self, supervisor: ActorCell) -> Result<ActorId, String> {
-        let actor = spawn(&self.shared, supervisor).map_err(|error| error.to_string())?;
-        let id = actor.get_id();
-        *self.actor.write().unwrap_or_else(PoisonError::into_inner) = actor;
-        Ok(id)
-    }
-}
-
-struct HandlerActor<H>(Arc<Shared<H>>);
-
-struct HandlerState<H: Handler> {
+pub(crate) struct HandlerState<H: Handler> {
     /// Number of free worker slots.
     free: usize,
     /// Attempts that need a slot again. They go first, so that started commands finish.
     resuming: VecDeque<OneshotSender<WorkerPermit<H>>>,
     /// Commands that wait for a worker, in order.
-    ready: VecDeque<HandlerJob<H>>,
+    ready: VecDeque<RoutedCommand<ToHandler<H>>>,
     /// Commands that wait for others with the same key, in order.
     ///
     /// Every key with a ready or running command has an entry.
-    turns: HashMap<String, VecDeque<HandlerJob<H>>>,
+    turns: HashMap<String, VecDeque<RoutedCommand<ToHandler<H>>>>,
     /// Queued and running commands.
     current: HashMap<Uuid, Current<H>>,
     /// Tasks of the attempts. They end with the actor.
@@ -170,7 +126,12 @@ impl<H: Handler> HandlerActor<H> {
 }
 
 impl<H: Handler> HandlerState<H> {
-    fn take(&mut self, job: HandlerJob<H>, caller: Caller<H>, permit: Arc<OwnedSemaphorePermit>) {
+    fn take(
+        &mut self,
+        job: RoutedCommand<ToHandler<H>>,
+        caller: Caller<H>,
+        permit: Arc<OwnedSemaphorePermit>,
+    ) {
         if let Some(current) = self.current.get_mut(&job.id) {
             if current.fingerprint != job.fingerprint {
                 // A failed send means that the caller has stopped waiting.

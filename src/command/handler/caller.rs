@@ -6,17 +6,17 @@ use ractor::concurrency::OneshotSender;
 use tokio::sync::OwnedSemaphorePermit;
 
 use super::Handler;
-use super::job::Answer;
+use crate::command::target::{Answer, ToHandler};
 
 /// A caller that waits for the answer to a command.
-pub(super) struct Caller<H: Handler> {
-    pub(super) reply: OneshotSender<Answer<H>>,
+pub(crate) struct Caller<H: Handler> {
+    pub(super) reply: OneshotSender<Answer<ToHandler<H>>>,
     pub(super) permit: CallerPermit,
 }
 
 impl<H: Handler> Caller<H> {
     /// Answers the caller. Releases its permit first, so that its next command can get it.
-    pub(super) fn answer(self, answer: Answer<H>) -> Result<(), Answer<H>> {
+    pub(super) fn answer(self, answer: Answer<ToHandler<H>>) -> Result<(), Answer<ToHandler<H>>> {
         self.permit.release();
         self.reply.send(answer)
     }
@@ -37,7 +37,7 @@ impl CallerPermit {
 }
 
 /// A guard that releases the permit of a dropped caller, even one that never awaited its answer.
-pub(super) struct ReleaseOnDrop(pub(super) CallerPermit);
+pub(crate) struct ReleaseOnDrop(pub(super) CallerPermit);
 
 impl Drop for ReleaseOnDrop {
     fn drop(&mut self) {

@@ -1,48 +1,29 @@
-//! A command for a handler, the state that its attempts share, and their result.
+//! The state that the attempts of a handler share, and the result of an attempt.
 
 use std::sync::{Arc, Weak};
 
-use tokio::time::Instant;
 use uuid::Uuid;
 
 use super::options::HandlerOptions;
 use super::{Handled, Handler};
 use crate::command::dispatcher::Dispatcher;
+use crate::command::target::{Answer, ToHandler};
 use crate::command::wire::{About, Done, Outcome, read_reply};
 use crate::command::{ExecuteError, NotExecutedKind};
-use crate::event::Metadata;
 use crate::store::{EventStore, ExpectedVersion, StoreError};
-use crate::telemetry::trace::CommandSpan;
-
-/// The answer to a handler's command.
-pub(crate) type Answer<H> = Result<Handled<<H as Handler>::Reply>, ExecuteError<<H as Handler>::Error>>;
-
-/// A command for a handler.
-pub(crate) struct HandlerJob<H: Handler> {
-    pub(crate) command: H::Command,
-    pub(crate) id: Uuid,
-    pub(crate) metadata: Metadata,
-    pub(crate) fingerprint: Uuid,
-    pub(crate) key: Option<String>,
-    /// Time until which its caller waits.
-    ///
-    /// A command that has not started by the latest deadline of its callers is dropped.
-    pub(crate) deadline: Instant,
-    pub(crate) span: CommandSpan,
-}
 
 /// The shared state of all attempts of one handler.
-pub(super) struct Shared<H> {
-    pub(super) handler: H,
-    pub(super) options: HandlerOptions,
-    pub(super) store: Arc<dyn EventStore>,
+pub(crate) struct Shared<H> {
+    pub(crate) handler: H,
+    pub(crate) options: HandlerOptions,
+    pub(crate) store: Arc<dyn EventStore>,
     /// Dispatcher for nested commands. It owns this handler, so this reference is weak.
-    pub(super) commands: Weak<Dispatcher>,
+    pub(crate) commands: Weak<Dispatcher>,
 }
 
 /// The result of an attempt. All callers of the command get it.
 #[derive(Debug)]
-pub(super) enum AttemptResult {
+pub(crate) enum AttemptResult {
     /// The outcome is recorded, by this attempt or before it.
     Recorded { outcome: Outcome, before: bool },
     /// The outcome is recorded, but the record does not decode.
@@ -59,7 +40,7 @@ pub(super) enum AttemptResult {
 
 impl AttemptResult {
     /// Creates the answer for one caller. `repeated`: whether it is not the first caller.
-    pub(super) fn answer<H: Handler>(&self, id: Uuid, repeated: bool) -> Answer<H> {
+    pub(super) fn answer<H: Handler>(&self, id: Uuid, repeated: bool) -> Answer<ToHandler<H>> {
         let unknown = |reason| ExecuteError::OutcomeUnknown { command_id: id, reason };
         match self {
             AttemptResult::Recorded { outcome: Outcome::Done(Done { reply, .. }), before } => {

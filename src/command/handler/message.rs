@@ -9,12 +9,13 @@ use uuid::Uuid;
 
 use super::Handler;
 use super::caller::Caller;
-use super::job::{AttemptResult, HandlerJob};
+use super::job::AttemptResult;
+use crate::command::target::{RoutedCommand, ToHandler};
 
 /// A message to a handler's actor.
-pub(super) enum Message<H: Handler> {
+pub(crate) enum Message<H: Handler> {
     /// Run a command for a caller.
-    Run(HandlerJob<H>, Caller<H>, Arc<OwnedSemaphorePermit>),
+    Run(RoutedCommand<ToHandler<H>>, Caller<H>, Arc<OwnedSemaphorePermit>),
     /// An attempt has ended. `freed`: whether it returned its worker slot.
     Ended { id: Uuid, key: Option<String>, ran: AttemptResult, freed: bool },
     /// A worker slot is free.
@@ -24,7 +25,7 @@ pub(super) enum Message<H: Handler> {
 }
 
 /// A worker slot. Dropping it frees the slot.
-pub(super) struct WorkerPermit<H: Handler> {
+pub(crate) struct WorkerPermit<H: Handler> {
     actor: ActorRef<Message<H>>,
     /// Whether another message reports that the slot is free.
     reported: bool,

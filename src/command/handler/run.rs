@@ -11,14 +11,15 @@ use tracing::Instrument;
 use uuid::Uuid;
 
 use super::context::HandlerContext;
-use super::job::{AttemptResult, HandlerJob, Shared};
+use super::job::{AttemptResult, Shared};
 use super::message::WorkerPermit;
 use super::worker_slot::WorkerSlot;
 use super::{HandleError, Handler};
 use crate::codec::{from_cbor, to_cbor};
+use crate::command::ExecuteError;
 use crate::command::dispatcher::Dispatcher;
+use crate::command::target::{RoutedCommand, ToHandler};
 use crate::command::wire::{Done, Failure, Outcome, lost_reply};
-use crate::command::{CommandInfo, ExecuteError};
 use crate::panic::panic_text;
 use crate::store::CommandRecord;
 use crate::time::after;
@@ -37,7 +38,7 @@ fn recorded<H: Handler>(record: &CommandRecord, fingerprint: Uuid) -> AttemptRes
 /// Runs an attempt. Returns its result, and whether it freed a worker slot.
 pub(super) async fn run<H: Handler>(
     shared: Arc<Shared<H>>,
-    job: HandlerJob<H>,
+    job: RoutedCommand<ToHandler<H>>,
     worker: WorkerPermit<H>,
 ) -> (AttemptResult, bool) {
     let Some(commands) = shared.commands.upgrade() else {
@@ -53,18 +54,17 @@ pub(super) async fn run<H: Handler>(
 async fn attempt<H: Handler>(
     shared: &Shared<H>,
     commands: &Dispatcher,
-    job: &HandlerJob<H>,
+    job: &RoutedCommand<ToHandler<H>>,
     context: &HandlerContext,
     deadline: Instant,
 ) -> AttemptResult {
-    let (id, fingerprint) = (job.id, job.fingerprint);
+    let (id, fingerprint) = (job.id, Uuid::from_u128(job.fingerprint));
     match shared.store.command(id).await {
         Ok(None) => {}
         Ok(Some(record)) => return recorded::<H>(&record, fingerprint),
         Err(error) => return AttemptResult::Store(error),
     }
-    let info = CommandInfo { name: H::NAME, key: job.key.as_deref(), id, metadata: &job.metadata };
-    if let Err(reason) = commands.hooks().before(&info) {
+    if let Err(reason) = commands.hooks.before(&job.info()) {
         return AttemptResult::Refused(reason);
     }
     let handling = AssertUnwindSafe(shared.handler.handle(&job.command, context)).catch_unwind();

@@ -4,9 +4,9 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use super::failure::{Failure, bytes, lost_reply};
+use super::failure::{Failure, bytes};
 use crate::aggregate::{ExecuteError, NoReplyKind, Receipt};
-use crate::codec::{byte_string, from_cbor, to_cbor};
+use crate::codec::{byte_string, from_cbor};
 use crate::event::{Position, StreamId, Version};
 
 /// The outcome of a command, and its duration on the executing node.
@@ -52,19 +52,6 @@ pub(crate) struct Omitted {
     pub(crate) size: u64,
     /// Maximum size of a message.
     pub(crate) limit: u64,
-}
-
-/// Encodes the answer of an aggregate for another node.
-pub(crate) fn encode_receipt<R: Serialize, E: std::error::Error + Serialize>(
-    answer: Result<Receipt<R>, ExecuteError<E>>,
-) -> Outcome {
-    let encoded = answer.as_ref().map_err(Failure::of).and_then(|receipt| {
-        let reply = to_cbor(&receipt.reply).map_err(lost_reply)?;
-        let (version, position) = (receipt.version.get(), receipt.position.get());
-        let (events, duplicate) = (receipt.events, receipt.duplicate);
-        Ok(Done { reply, duplicate, version, position, events, omitted: None })
-    });
-    encoded.map_or_else(Outcome::Error, Outcome::Done)
 }
 
 impl Done {
