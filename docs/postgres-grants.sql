@@ -10,9 +10,10 @@ GRANT SELECT ON storied.events, storied.positions, storied.meta TO shop;
 GRANT SELECT ON storied.migrations, storied.read_model_migrations TO shop;
 GRANT EXECUTE ON FUNCTION storied.append, storied.append_one TO shop;
 GRANT EXECUTE ON FUNCTION storied.high_water_mark, storied.command_events, storied.stream_key TO shop;
-GRANT SELECT, INSERT, UPDATE ON storied.leases, storied.snapshots, storied.checkpoints TO shop;
-GRANT SELECT, INSERT, UPDATE, DELETE ON storied.parked TO shop;
-GRANT SELECT, INSERT, DELETE ON storied.paused, storied.commands TO shop;
+GRANT SELECT, INSERT, UPDATE ON storied.leases, storied.snapshots, storied.controls, storied.publisher TO shop;
+GRANT SELECT, INSERT, UPDATE ON storied.projections, storied.checkpoints TO shop;
+GRANT SELECT, INSERT, UPDATE, DELETE ON storied.parked, storied.requests TO shop;
+GRANT SELECT, INSERT, DELETE ON storied.commands TO shop;
 GRANT UPDATE (recorded_at) ON storied.commands TO shop;  -- to lock records that are about to expire
 
 -- A reader: the tool's commands that change nothing, and programs that read the log.
@@ -25,8 +26,8 @@ GRANT EXECUTE ON FUNCTION storied.high_water_mark, storied.stream_key TO shop_re
 -- exist. Grant the rights on the tables of the read model itself separately.
 GRANT USAGE ON SCHEMA storied TO shop_view;
 GRANT SELECT ON storied.read_model_migrations TO shop_view;
-GRANT SELECT, INSERT, UPDATE ON storied.checkpoints TO shop_view;
-GRANT SELECT, INSERT, UPDATE, DELETE ON storied.parked TO shop_view;
+GRANT SELECT, INSERT, UPDATE ON storied.projections, storied.checkpoints TO shop_view;
+GRANT SELECT, INSERT, UPDATE, DELETE ON storied.parked, storied.requests TO shop_view;
 
 -- Optional, granted by a superuser: status().stall then describes the activity of other logins.
 GRANT pg_read_all_stats TO shop, shop_reader;

@@ -23,9 +23,9 @@ fn one(error: &(dyn Error + 'static)) -> bool {
         return is_store_outage(error);
     }
     match error.downcast_ref::<CheckpointError>() {
-        // Another node saved its checkpoint first. The next attempt starts from that checkpoint.
-        Some(CheckpointError::Stale { .. }) => return true,
         Some(CheckpointError::Store(error)) => return is_store_outage(error),
+        // Another node saved its checkpoint first. The next attempt starts from that checkpoint.
+        Some(_) => return true,
         None => {}
     }
     if let Some(AppendError::Store(error)) = error.downcast_ref() {

@@ -43,6 +43,11 @@ mod task_handles;
 mod time_limit;
 mod worker;
 
+pub(crate) mod sealed {
+    /// Restricts [`ReadModel`](super::ReadModel) to the read models of storied.
+    pub trait Sealed {}
+}
+
 use std::error::Error;
 use std::future::Future;
 use std::sync::Arc;
@@ -60,7 +65,8 @@ pub use self::operator::{Operator, PartRecord, ProjectionRecord, RebuildRecord, 
 pub use self::options::{FailurePolicy, FollowMode, ProjectionOptions, Schedule, UnknownNames};
 #[cfg(feature = "postgres")]
 pub use self::postgres::{PostgresOpen, PostgresReadModel};
-pub use self::request::{Answer, Request};
+pub use self::request::Answer;
+use self::sealed::Sealed;
 pub use self::snapshot::{SnapshotState, Snapshots};
 #[cfg(feature = "sqlite")]
 pub use self::sqlite::{SqliteOpen, SqliteReadModel};
@@ -72,8 +78,10 @@ pub(crate) use self::worker::NodeServices;
 use crate::event::{EncodeError, Position, RecordedEvent};
 use crate::outage;
 use crate::partition::Partition;
+pub use crate::store::Request;
 use crate::store::{
-    BoxFuture, Checkpoint, CheckpointError, CheckpointRecord, EventStore, Filter, ParkedEvent, StoreError,
+    Checkpoint, CheckpointError, CheckpointKey, CheckpointRecord, EventStore, Filter, ParkedEvent,
+    ProgressWrite, StoreError, StoredProgress, StoredProjection, StoredRequest,
 };
 
 /// Folds events into a read model.
@@ -188,9 +196,8 @@ pub struct BuildTarget {
 
 /// Storage of a read model together with its checkpoint.
 ///
-/// The `name` argument of the methods is `projection/` followed by the name of the projection. The
-/// event store may keep its own checkpoints in the same database; their names differ.
-pub trait ReadModel: Send + Sync + 'static {
+/// The read models of the [module](self) implement it. For another target, use [`AtLeastOnce`].
+pub trait ReadModel: Sealed + Send + Sync + 'static {
     /// Handle that a projection writes through.
     type Transaction: Send;
     /// An open transaction.
@@ -208,12 +215,8 @@ pub trait ReadModel: Send + Sync + 'static {
 
     /// Returns whether `apply` failed for a transient reason that the event did not cause.
     ///
-    /// The projection then retries without a limit. Users wrap errors, so the sources count as
-    /// well.
-    ///
-    /// The default knows the transient errors of storied, of sqlx and of the network. Those and
-    /// [`TargetUnavailable`] count on every read model: an implementation adds those of its own
-    /// driver.
+    /// The projection then retries without a limit. The transient errors of storied, of sqlx and of
+    /// the network count, also as the sources of a user's error; so does [`TargetUnavailable`].
     fn is_outage(&self, error: &(dyn Error + 'static)) -> bool {
         outage::is_outage(error)
     }
@@ -237,139 +240,103 @@ pub trait ReadModel: Send + Sync + 'static {
     }
 
     /// Creates missing tables. Called before all other methods, repeatedly until it succeeds.
-    fn prepare<'a>(
-        &'a self,
-        store: &'a Arc<dyn EventStore>,
-        name: &'a str,
-    ) -> BoxFuture<'a, Result<(), StoreError>>;
+    fn prepare(&self, store: &Arc<dyn EventStore>) -> impl Future<Output = Result<(), StoreError>> + Send;
 
-    /// Returns the checkpoint of the read model.
+    /// Returns the layout, the versions and the start position of the read model of a projection.
     ///
     /// # Errors
     /// Includes: the progress belongs to the log of another event store than that of
     /// [`prepare`](Self::prepare).
-    fn checkpoint<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<Checkpoint, StoreError>>;
+    fn projection(&self, name: &str) -> impl Future<Output = Result<StoredProjection, StoreError>> + Send;
 
-    /// Returns all stored checkpoints of all projections, for an [`Operator`].
+    /// Returns the same, also if it belongs to the log of another store.
+    fn projection_of_any_store(
+        &self,
+        name: &str,
+    ) -> impl Future<Output = Result<StoredProjection, StoreError>> + Send {
+        self.projection(name)
+    }
+
+    /// Returns a checkpoint.
+    ///
+    /// # Errors
+    /// As [`projection`](Self::projection).
+    fn checkpoint(&self, key: &CheckpointKey) -> impl Future<Output = Result<Checkpoint, StoreError>> + Send;
+
+    /// Returns parked events from a position on, oldest first, at most `limit`.
+    fn parked(
+        &self,
+        key: &CheckpointKey,
+        from: Position,
+        limit: usize,
+    ) -> impl Future<Output = Result<Vec<ParkedEvent>, StoreError>> + Send;
+
+    /// Returns the requests to a projection from `from` on, at most `limit`.
+    fn requests(
+        &self,
+        projection: &str,
+        from: Request,
+        limit: usize,
+    ) -> impl Future<Output = Result<Vec<StoredRequest>, StoreError>> + Send;
+
+    /// Returns all projections and all checkpoints, for an [`Operator`].
     ///
     /// Works before [`prepare`](Self::prepare). The default returns an error.
     ///
     /// # Errors
     /// `Invalid` if the read model does not list checkpoints, `Incompatible` if it was never used.
-    fn records(&self) -> BoxFuture<'_, Result<Vec<CheckpointRecord>, StoreError>> {
+    fn records(&self) -> impl Future<Output = Result<ProgressRecords, StoreError>> + Send {
         let reason = "listing checkpoints failed: this read model does not support it".into();
-        Box::pin(async { Err(StoreError::Invalid { reason }) })
+        async { Err(StoreError::Invalid { reason }) }
     }
 
     /// Opens a transaction. `from` is the checkpoint, with the epoch of the calling owner.
-    fn begin<'a>(&'a self, name: &'a str, from: Checkpoint) -> BoxFuture<'a, Result<Self::Open, StoreError>>;
-
-    /// Opens a transaction with a time limit.
     ///
-    /// As [`begin`](Self::begin), but the database ends the transaction after `limit`, also if it
-    /// is cut off from this process. The default [limits](Self::bound) its statements.
-    fn begin_within<'a>(
-        &'a self,
-        name: &'a str,
+    /// After `limit`, the database ends the transaction, also if it is cut off from this process.
+    fn begin(
+        &self,
+        projection: &str,
         from: Checkpoint,
-        limit: Duration,
-    ) -> BoxFuture<'a, Result<Self::Open, StoreError>> {
-        Box::pin(async move {
-            let mut open = self.begin(name, from).await?;
-            self.bound(&mut open, limit).await?;
-            Ok(open)
-        })
-    }
+        limit: Option<Duration>,
+    ) -> impl Future<Output = Result<Self::Open, StoreError>> + Send;
 
     /// Returns the handle that the user writes through.
     fn transaction<'a>(&self, open: &'a mut Self::Open) -> &'a mut Self::Transaction;
 
-    /// Limits each later statement of this transaction to `limit`.
+    /// Returns the progress for a reset, even if it belongs to the log of another store.
     ///
-    /// The limit holds also if no caller waits for the statement any more, because other sessions
-    /// wait for the locks of the transaction. The default sets no limit.
-    ///
-    /// # Errors
-    /// If the limit cannot be set.
-    fn bound<'a>(
-        &'a self,
-        open: &'a mut Self::Open,
-        limit: Duration,
-    ) -> BoxFuture<'a, Result<(), StoreError>> {
-        let _ = (open, limit);
-        Box::pin(async { Ok(()) })
-    }
+    /// The commit of this transaction binds the progress to this store.
+    fn adopt(
+        &self,
+        open: &mut Self::Open,
+        projection: &str,
+    ) -> impl Future<Output = Result<StoredProgress, StoreError>> + Send;
 
-    /// Returns the checkpoint for a reset, even if it belongs to the log of another store.
+    /// Writes progress with the commit of this transaction.
     ///
-    /// The commit of this transaction continues from that checkpoint and binds the progress to this
-    /// store. The default suits read models with progress that cannot belong to another store.
-    fn adopt<'a>(
-        &'a self,
-        open: &'a mut Self::Open,
-        name: &'a str,
-    ) -> BoxFuture<'a, Result<Checkpoint, StoreError>> {
-        let _ = open;
-        self.checkpoint(name)
-    }
+    /// Without [rollback](Self::rolls_back), checks only that what the write deletes exists.
+    fn write(
+        &self,
+        open: &mut Self::Open,
+        write: ProgressWrite,
+    ) -> impl Future<Output = Result<(), CheckpointError>> + Send;
 
-    /// Moves another checkpoint from exactly `from` to `to` with the commit of this transaction.
-    ///
-    /// Without [rollback](Self::rolls_back), it moves at once. Used for changes to all partitions
-    /// of a projection. The default returns an error.
-    fn save<'a>(
-        &'a self,
-        open: &'a mut Self::Open,
-        name: &'a str,
-        from: Checkpoint,
-        to: Checkpoint,
-    ) -> BoxFuture<'a, Result<(), CheckpointError>> {
-        let _ = (open, from, to);
-        let reason =
-            format!("partitioning {name} failed: this read model keeps one checkpoint per transaction");
-        Box::pin(async { Err(CheckpointError::Store(StoreError::Invalid { reason })) })
-    }
-
-    /// Commits the writes, the checkpoint from exactly `from` to `to`, and the parked event
-    /// together.
-    fn commit<'a>(
-        &'a self,
+    /// Commits everything that the transaction has written, and `writes`, together.
+    fn commit(
+        &self,
         open: Self::Open,
-        name: &'a str,
-        from: Checkpoint,
-        to: Checkpoint,
-        parked: Option<ParkedEvent>,
-    ) -> BoxFuture<'a, Result<(), CheckpointError>>;
+        writes: Vec<ProgressWrite>,
+    ) -> impl Future<Output = Result<(), CheckpointError>> + Send;
 
     /// Undoes the writes. Dropping an open transaction does the same, later.
-    fn rollback(&self, open: Self::Open) -> BoxFuture<'_, Result<(), StoreError>>;
+    fn rollback(&self, open: Self::Open) -> impl Future<Output = Result<(), StoreError>> + Send;
+}
 
-    /// Returns at most `limit` parked events of a projection, oldest first.
-    fn parked<'a>(
-        &'a self,
-        name: &'a str,
-        limit: usize,
-    ) -> BoxFuture<'a, Result<Vec<ParkedEvent>, StoreError>>;
-
-    /// Deletes a parked event with the commit of this transaction; returns whether it existed.
-    fn unpark<'a>(
-        &'a self,
-        open: &'a mut Self::Open,
-        name: &'a str,
-        position: Position,
-    ) -> BoxFuture<'a, Result<bool, StoreError>>;
-
-    /// Deletes all parked events of `name` with the commit of this transaction.
-    fn unpark_all<'a>(
-        &'a self,
-        open: &'a mut Self::Open,
-        name: &'a str,
-    ) -> BoxFuture<'a, Result<(), StoreError>>;
-
-    /// Deletes a parked event at once; returns whether it existed.
-    fn remove_parked<'a>(
-        &'a self,
-        name: &'a str,
-        position: Position,
-    ) -> BoxFuture<'a, Result<bool, StoreError>>;
+/// All progress in a database.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ProgressRecords {
+    /// Layout, versions and start position of each projection, by name.
+    pub projections: Vec<(String, StoredProjection)>,
+    /// All checkpoints, ordered by key.
+    pub checkpoints: Vec<CheckpointRecord>,
 }

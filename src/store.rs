@@ -24,6 +24,7 @@ mod append;
 mod columns;
 mod command_events;
 mod command_record;
+mod control;
 mod error;
 mod event_store;
 mod filter;
@@ -33,11 +34,15 @@ mod info;
 mod lease;
 mod log_page;
 mod memory;
+mod memory_progress;
 mod page_size;
 #[cfg(feature = "postgres")]
 pub(crate) mod postgres;
 mod progress;
+mod request;
 mod snapshot;
+#[cfg(any(feature = "sqlite", feature = "postgres"))]
+pub(crate) mod sql;
 #[cfg(feature = "sqlite")]
 pub(crate) mod sqlite;
 mod version_check;
@@ -46,6 +51,7 @@ pub use self::adoption::{Adopt, Adoption, Home};
 pub use self::append::{Append, AppendError, Appended, Conflict, ExpectedVersion, StreamAppend};
 pub use self::command_events::CommandEvents;
 pub use self::command_record::CommandRecord;
+pub use self::control::{ControlChange, ProjectionControl, PublisherCheckpoint};
 pub use self::error::StoreError;
 pub use self::event_store::{EventStore, IntoEventStore};
 pub use self::filter::Filter;
@@ -56,9 +62,14 @@ pub use self::info::StoreInfo;
 pub use self::lease::{Lease, LeaseInfo};
 pub use self::log_page::{LogPage, ReadLog};
 pub use self::memory::MemoryStore;
+pub(crate) use self::memory_progress::MemoryProgress;
 #[cfg(feature = "postgres")]
 pub use self::postgres::{PostgresOptions, PostgresStore};
-pub use self::progress::{Checkpoint, CheckpointError, CheckpointRecord, ParkedEvent};
+pub use self::progress::{
+    Checkpoint, CheckpointError, CheckpointKey, CheckpointRecord, ParkedEvent, ProgressWrite, StoredProgress,
+    StoredProjection,
+};
+pub use self::request::{Request, StoredRequest};
 pub use self::snapshot::{Snapshot, SnapshotRevision};
 #[cfg(feature = "sqlite")]
 pub use self::sqlite::{SqliteOptions, SqliteStore};

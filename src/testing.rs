@@ -28,3 +28,5 @@ pub mod store;
 pub use self::given::{Given, Then, When, given};
 pub use self::node::Node;
 pub use self::roundtrip::roundtrip;
+#[doc(hidden)]
+pub use crate::projection::sealed::Sealed;

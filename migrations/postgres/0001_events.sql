@@ -332,9 +332,21 @@ END $$;
 CREATE TRIGGER events_stay BEFORE UPDATE OR DELETE OR TRUNCATE ON storied.events
     FOR EACH STATEMENT EXECUTE FUNCTION storied.refuse_change();
 
--- Projections that are paused on every node.
-CREATE TABLE storied.paused (
-    name text PRIMARY KEY
+-- What operators control of projections, on every node.
+CREATE TABLE storied.controls (
+    projection       text    PRIMARY KEY,
+    paused           boolean NOT NULL,
+    trigger_position bigint  NOT NULL CHECK (trigger_position >= 0), -- manual triggers apply up to here
+    triggers         bigint  NOT NULL CHECK (triggers >= 0),         -- number of manual triggers
+    changes          bigint  NOT NULL CHECK (changes >= 0)           -- owners read their state again after each change
+);
+
+-- The end of the log stream that the publisher confirmed last.
+CREATE TABLE storied.publisher (
+    id       smallint PRIMARY KEY CHECK (id = 1),                    -- one row
+    position bigint   NOT NULL CHECK (position >= 0),
+    epoch    bigint   NOT NULL CHECK (epoch >= 0),                   -- fencing token of the publisher
+    sequence bigint   NOT NULL CHECK (sequence >= 0)                 -- sequence number of the last message
 );
 
 CREATE TABLE storied.leases (

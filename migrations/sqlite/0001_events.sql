@@ -35,10 +35,22 @@ BEGIN
     SELECT RAISE(ABORT, 'storied_events is append-only: followers rely on every event staying where it is');
 END;
 
--- Projections that are paused on every node.
-CREATE TABLE storied_paused (
-    name TEXT NOT NULL PRIMARY KEY
+-- What operators control of projections, on every node.
+CREATE TABLE storied_controls (
+    projection       TEXT    NOT NULL PRIMARY KEY,
+    paused           INTEGER NOT NULL,        -- 1: paused
+    trigger_position INTEGER NOT NULL,        -- manual triggers apply up to here
+    triggers         INTEGER NOT NULL,        -- number of manual triggers
+    changes          INTEGER NOT NULL         -- owners read their state again after each change
 ) STRICT, WITHOUT ROWID;
+
+-- The end of the log stream that the publisher confirmed last.
+CREATE TABLE storied_publisher (
+    id       INTEGER NOT NULL PRIMARY KEY CHECK (id = 1), -- one row
+    position INTEGER NOT NULL,
+    epoch    INTEGER NOT NULL,                -- fencing token of the publisher
+    sequence INTEGER NOT NULL                 -- sequence number of the last message
+) STRICT;
 
 CREATE TABLE storied_leases (
     name       TEXT    NOT NULL PRIMARY KEY,

@@ -1,6 +1,6 @@
-//! The node's view of all leases and pauses: one watcher polls for all tasks.
+//! The node's view of all leases and controls: one watcher polls for all tasks.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
@@ -12,7 +12,7 @@ use uuid::Uuid;
 use super::renewals::Renewals;
 use super::renewer::LeaseRenewer;
 use crate::backoff::Backoff;
-use crate::store::{EventStore, LeaseInfo, StoreError};
+use crate::store::{EventStore, LeaseInfo, ProjectionControl, StoreError};
 use crate::supervised::Task;
 
 /// Minimum interval between two polls.
@@ -49,8 +49,8 @@ pub(crate) struct LeaseView {
     pub(crate) asked: Instant,
     /// All leases, by name.
     pub(crate) leases: BTreeMap<String, LeaseEntry>,
-    /// Names of the paused projections.
-    pub(crate) paused: BTreeSet<String>,
+    /// What operators control, by projection.
+    pub(crate) controls: BTreeMap<String, ProjectionControl>,
 }
 
 impl LeaseView {
@@ -64,8 +64,13 @@ impl LeaseView {
         self.leases.get(lease)?.abandoned.as_ref()
     }
 
+    /// Returns what operators control of a projection.
+    pub(crate) fn control(&self, projection: &str) -> ProjectionControl {
+        self.controls.get(projection).copied().unwrap_or_default()
+    }
+
     fn same(&self, other: &Self) -> bool {
-        self.leases == other.leases && self.paused == other.paused
+        self.leases == other.leases && self.controls == other.controls
     }
 }
 
@@ -189,7 +194,7 @@ async fn poll_loop(
                 }
             }
             Err(error) => {
-                tracing::warn!(%error, "could not poll leases and pauses");
+                tracing::warn!(%error, "could not poll leases and controls");
                 observation.send_modify(|observation| observation.error = Some(error));
                 sleep(backoff.next()).await;
             }
@@ -206,5 +211,5 @@ async fn see(store: &dyn EventStore, renewals: &mut Renewals) -> Result<LeaseVie
         (name, LeaseEntry { owner, epoch, live, abandoned: abandoned.then_some(info) })
     });
     let leases = leases.collect();
-    Ok(LeaseView { asked, leases, paused: store.paused().await? })
+    Ok(LeaseView { asked, leases, controls: store.controls().await? })
 }

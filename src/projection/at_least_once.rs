@@ -1,11 +1,14 @@
-use std::collections::HashMap;
 use std::fmt;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
 use super::ReadModel;
-use super::layout::delivered;
+use super::sealed::Sealed;
 use crate::event::{Position, RecordedEvent};
-use crate::store::{BoxFuture, Checkpoint, CheckpointError, EventStore, ParkedEvent, StoreError};
+use crate::store::{
+    Checkpoint, CheckpointError, CheckpointKey, EventStore, ParkedEvent, ProgressWrite, Request, StoreError,
+    StoredProgress, StoredProjection, StoredRequest,
+};
 
 /// A read model in another system: a search index, a mailbox, another service.
 ///
@@ -16,10 +19,6 @@ use crate::store::{BoxFuture, Checkpoint, CheckpointError, EventStore, ParkedEve
 pub struct AtLeastOnce {
     /// Set by the first call.
     store: OnceLock<Arc<dyn EventStore>>,
-    /// Position of each checkpoint before its last reset, and the number of that reset.
-    ///
-    /// Never locked across an await.
-    replayed: Mutex<HashMap<String, (u64, Position)>>,
 }
 
 /// Context of `apply` for an [`AtLeastOnce`] read model.
@@ -39,8 +38,6 @@ pub struct Delivery {
     ///
     /// Up to here, deliveries are a [replay](Self::is_replay).
     pub replayed: Position,
-    /// Parked events to delete after the commit: by name, one event or all.
-    unpark: Vec<(String, Option<Position>)>,
 }
 
 impl Delivery {
@@ -60,34 +57,10 @@ impl AtLeastOnce {
         Self::default()
     }
 
-    async fn replayed(&self, name: &str, resets: u64) -> Result<Position, StoreError> {
-        let known = || self.replayed.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((of, position)) = known().get(name).copied()
-            && of == resets
-        {
-            return Ok(position);
-        }
-        let position = self.store()?.checkpoint(&delivered(name)).await?.position;
-        known().insert(name.to_owned(), (resets, position));
-        Ok(position)
-    }
-
     fn store(&self) -> Result<&Arc<dyn EventStore>, StoreError> {
         self.store
             .get()
             .ok_or_else(|| StoreError::Invalid { reason: "using a read model failed: not prepared".into() })
-    }
-}
-
-async fn forget_all(store: &Arc<dyn EventStore>, name: &str) -> Result<(), StoreError> {
-    loop {
-        let parked = store.parked(name, 1_000).await?;
-        if parked.is_empty() {
-            return Ok(());
-        }
-        for event in parked {
-            store.remove_parked(name, event.position).await?;
-        }
     }
 }
 
@@ -97,9 +70,12 @@ impl fmt::Debug for AtLeastOnce {
     }
 }
 
+impl Sealed for AtLeastOnce {}
+
 impl ReadModel for AtLeastOnce {
     type Transaction = Delivery;
-    type Open = Delivery;
+    /// The handle of `apply`, and the writes for the commit.
+    type Open = (Delivery, Vec<ProgressWrite>);
 
     fn shared(&self) -> bool {
         true
@@ -109,125 +85,94 @@ impl ReadModel for AtLeastOnce {
         false
     }
 
-    fn prepare<'a>(
-        &'a self,
-        store: &'a Arc<dyn EventStore>,
-        _name: &'a str,
-    ) -> BoxFuture<'a, Result<(), StoreError>> {
-        Box::pin(async move {
-            let known = self.store.get_or_init(|| store.clone());
-            if known.info().id != store.info().id {
-                let reason =
-                    "preparing an AtLeastOnce failed: already in use for another event store; create one per store".into();
-                return Err(StoreError::Invalid { reason });
-            }
-            Ok(())
-        })
+    async fn prepare(&self, store: &Arc<dyn EventStore>) -> Result<(), StoreError> {
+        let known = self.store.get_or_init(|| store.clone());
+        if known.info().id != store.info().id {
+            let reason =
+                "preparing an AtLeastOnce failed: already in use for another event store; create one per store"
+                    .into();
+            return Err(StoreError::Invalid { reason });
+        }
+        Ok(())
     }
 
-    fn checkpoint<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<Checkpoint, StoreError>> {
-        Box::pin(async move { self.store()?.checkpoint(name).await })
+    async fn projection(&self, name: &str) -> Result<StoredProjection, StoreError> {
+        self.store()?.projection(name).await
     }
 
-    fn begin<'a>(&'a self, name: &'a str, from: Checkpoint) -> BoxFuture<'a, Result<Delivery, StoreError>> {
-        Box::pin(async move {
-            // The mark grows with every reset.
-            let replayed = match from.mark {
-                0 => Position::START,
-                resets => self.replayed(name, resets).await?,
-            };
-            Ok(Delivery { epoch: from.epoch, confirmed: from.position, replayed, unpark: Vec::new() })
-        })
+    async fn checkpoint(&self, key: &CheckpointKey) -> Result<Checkpoint, StoreError> {
+        self.store()?.checkpoint(key).await
     }
 
-    fn transaction<'a>(&self, open: &'a mut Delivery) -> &'a mut Delivery {
-        open
-    }
-
-    fn save<'a>(
-        &'a self,
-        _open: &'a mut Delivery,
-        name: &'a str,
-        from: Checkpoint,
-        to: Checkpoint,
-    ) -> BoxFuture<'a, Result<(), CheckpointError>> {
-        Box::pin(async move { self.store()?.save_checkpoint(name, from, to, None).await })
-    }
-
-    fn commit<'a>(
-        &'a self,
-        open: Delivery,
-        name: &'a str,
-        from: Checkpoint,
-        to: Checkpoint,
-        parked: Option<ParkedEvent>,
-    ) -> BoxFuture<'a, Result<(), CheckpointError>> {
-        Box::pin(async move {
-            let store = self.store()?;
-            store.save_checkpoint(name, from, to, parked).await?;
-            for (name, position) in open.unpark {
-                let Some(position) = position else {
-                    forget_all(store, &name).await?;
-                    continue;
-                };
-                store.remove_parked(&name, position).await?;
-            }
-            Ok(())
-        })
-    }
-
-    fn rollback(&self, _open: Delivery) -> BoxFuture<'_, Result<(), StoreError>> {
-        Box::pin(async { Ok(()) })
-    }
-
-    fn parked<'a>(
-        &'a self,
-        name: &'a str,
+    async fn parked(
+        &self,
+        key: &CheckpointKey,
+        from: Position,
         limit: usize,
-    ) -> BoxFuture<'a, Result<Vec<ParkedEvent>, StoreError>> {
-        Box::pin(async move { self.store()?.parked(name, limit).await })
+    ) -> Result<Vec<ParkedEvent>, StoreError> {
+        self.store()?.parked(key, from, limit).await
     }
 
-    fn unpark<'a>(
-        &'a self,
-        open: &'a mut Delivery,
-        name: &'a str,
-        position: Position,
-    ) -> BoxFuture<'a, Result<bool, StoreError>> {
-        Box::pin(async move {
-            open.unpark.push((name.to_owned(), Some(position)));
-            let mut limit = 1_000;
-            loop {
-                let parked = self.store()?.parked(name, limit).await?;
-                if parked.iter().any(|event| event.position == position) {
-                    return Ok(true);
+    async fn requests(
+        &self,
+        projection: &str,
+        from: Request,
+        limit: usize,
+    ) -> Result<Vec<StoredRequest>, StoreError> {
+        self.store()?.requests(projection, from, limit).await
+    }
+
+    async fn begin(
+        &self,
+        _projection: &str,
+        from: Checkpoint,
+        _limit: Option<Duration>,
+    ) -> Result<Self::Open, StoreError> {
+        let delivery = Delivery { epoch: from.epoch, confirmed: from.position, replayed: from.delivered };
+        Ok((delivery, Vec::new()))
+    }
+
+    fn transaction<'a>(&self, open: &'a mut Self::Open) -> &'a mut Delivery {
+        &mut open.0
+    }
+
+    async fn adopt(&self, _open: &mut Self::Open, name: &str) -> Result<StoredProgress, StoreError> {
+        let store = self.store()?;
+        let projection = store.projection(name).await?;
+        Ok(StoredProgress { projection, checkpoints: store.checkpoints(name).await? })
+    }
+
+    async fn write(&self, open: &mut Self::Open, write: ProgressWrite) -> Result<(), CheckpointError> {
+        let store = self.store()?;
+        match &write {
+            ProgressWrite::Unpark { key, position } => {
+                let parked = store.parked(key, *position, 1).await?;
+                if parked.first().is_none_or(|event| event.position != *position) {
+                    return Err(CheckpointError::not_parked(key, *position));
                 }
-                // Parked events are listed oldest first: a later one proves that there is none at
-                // `position`.
-                if parked.len() < limit || parked.last().is_some_and(|last| last.position > position) {
-                    return Ok(false);
-                }
-                limit *= 2;
             }
-        })
+            ProgressWrite::RemoveRequest { projection, request, id } => {
+                let stored = store.requests(projection, *request, 1).await?;
+                let same = |stored: &StoredRequest| {
+                    stored.request == *request && id.is_none_or(|id| id == stored.id)
+                };
+                if !stored.first().is_some_and(same) {
+                    return Err(CheckpointError::not_requested(projection, *request));
+                }
+            }
+            _ => {}
+        }
+        open.1.push(write);
+        Ok(())
     }
 
-    fn unpark_all<'a>(
-        &'a self,
-        open: &'a mut Delivery,
-        name: &'a str,
-    ) -> BoxFuture<'a, Result<(), StoreError>> {
-        Box::pin(async move {
-            open.unpark.push((name.to_owned(), None));
-            Ok(())
-        })
+    async fn commit(&self, open: Self::Open, writes: Vec<ProgressWrite>) -> Result<(), CheckpointError> {
+        let (_, mut all) = open;
+        all.extend(writes);
+        self.store()?.write_progress(all).await
     }
 
-    fn remove_parked<'a>(
-        &'a self,
-        name: &'a str,
-        position: Position,
-    ) -> BoxFuture<'a, Result<bool, StoreError>> {
-        Box::pin(async move { self.store()?.remove_parked(name, position).await })
+    async fn rollback(&self, _open: Self::Open) -> Result<(), StoreError> {
+        Ok(())
     }
 }

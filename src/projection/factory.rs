@@ -64,7 +64,7 @@ where
     R: ReadModel<Transaction = P::Transaction>,
 {
     let name = made.with_sample(|projection| projection.name().to_owned());
-    let read_model = Arc::new(TimeLimited::new(read_model, options.transaction_timeout));
+    let read_model = Arc::new(TimeLimited::new(read_model, name.clone(), options.transaction_timeout));
     let start = async |instance, part: TaskSpec, claim| {
         let services = services.clone();
         let supervisor = services.supervisor.clone();
@@ -80,8 +80,8 @@ where
         Ok::<_, SpawnErr>(Working { actor: Supervised::spawn(work, supervisor).await?, status })
     };
     let layout = match &made {
-        ProjectionFactory::Single(_) | ProjectionFactory::Versioned(_) => Layout::single(&name),
-        ProjectionFactory::Partitioned(count, _) => Layout::partitioned(&name, *count),
+        ProjectionFactory::Single(_) | ProjectionFactory::Versioned(_) => Layout::new(&name, 0),
+        ProjectionFactory::Partitioned(count, _) => Layout::new(&name, *count),
     };
     let part = |role, partition| TaskSpec { layout: layout.clone(), role, partition, pages: None };
     // Other read models refuse a rebuild; in memory, an idle rebuild task would apply the log a

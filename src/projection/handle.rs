@@ -14,7 +14,7 @@ use super::task_handles::{Grouped, Working};
 use super::{ProjectionState, ProjectionStatus, RebuildStatus, WaitError};
 use crate::event::{Position, RecordedEvent};
 use crate::partition::Partition;
-use crate::store::{EventStore, Filter, ParkedEvent, ReadLog, StoreError};
+use crate::store::{CheckpointKey, EventStore, Filter, ParkedEvent, ProgressWrite, ReadLog, StoreError};
 use crate::supervised::{AskError, StopError};
 use crate::time::after;
 
@@ -119,9 +119,9 @@ impl ProjectionHandle {
         self.group.as_ref().map(|group| group.group.slots[usize::from(part)].partition)
     }
 
-    /// Returns the checkpoint name of a partition.
-    fn row(&self, part: u16) -> String {
-        self.layout.row(self.partition(part), self.parts[usize::from(part)].status.borrow().version)
+    /// Returns the key of the checkpoint of a partition.
+    fn key(&self, part: u16) -> CheckpointKey {
+        self.layout.key(self.partition(part), self.parts[usize::from(part)].status.borrow().version)
     }
 
     async fn reached(&self, part: u16, position: Position) -> Result<(), WaitError> {
@@ -142,10 +142,10 @@ impl ProjectionHandle {
                     ProjectionState::Stopped => Some(WaitError::Stopped { name }),
                     _ => None,
                 };
-                (status.state, (known && status.position >= position).then_some(status.mark), ended)
+                (status.state, (known && status.position >= position).then_some(status.generation), ended)
             };
-            if let Some(mark) = cached
-                && self.is_current(part, mark).await
+            if let Some(generation) = cached
+                && self.is_current(part, generation).await
             {
                 return Ok(());
             }
@@ -161,7 +161,7 @@ impl ProjectionHandle {
                     poll = (poll * 5 / 4).min(SLOWEST_POLL);
                     // A failed read is repeated: the wait has a timeout.
                     if state == ProjectionState::Standby
-                        && self.progress.checkpoint(&self.row(part)).await.is_ok_and(|found| found.position >= position)
+                        && self.progress.checkpoint(&self.key(part)).await.is_ok_and(|found| found.position >= position)
                     {
                         return Ok(());
                     }
@@ -170,13 +170,17 @@ impl ProjectionHandle {
         }
     }
 
-    /// Returns whether the read model was not reset since its checkpoint had this mark.
+    /// Returns whether the read model was not reset since its checkpoint had this generation.
     ///
     /// Another node may have reset a shared read model; this node notices only within 1 s. The
     /// stored position proves nothing: it is below the applied one until the checkpoint is written.
-    async fn is_current(&self, part: u16, mark: u64) -> bool {
+    async fn is_current(&self, part: u16, generation: u64) -> bool {
         !self.progress.shared()
-            || self.progress.checkpoint(&self.row(part)).await.is_ok_and(|found| found.mark == mark)
+            || self
+                .progress
+                .checkpoint(&self.key(part))
+                .await
+                .is_ok_and(|found| found.generation == generation)
     }
 
     /// Waits until everything that is in the log now is applied.
@@ -258,7 +262,7 @@ impl ProjectionHandle {
         self.prepared().await?;
         let mut after = None;
         for part in 0..self.count() {
-            let position = self.progress.checkpoint(&self.row(part)).await?.position;
+            let position = self.progress.checkpoint(&self.key(part)).await?.position;
             after = Some(after.map_or(position, |after: Position| after.min(position)));
         }
         let mut after = after.unwrap_or_default();
@@ -326,8 +330,8 @@ impl ProjectionHandle {
     pub async fn parked(&self, limit: usize) -> Result<Vec<ParkedEvent>, ControlError> {
         self.prepared().await?;
         let mut parked = Vec::new();
-        for row in self.live_rows().await? {
-            parked.extend(self.progress.parked(&row, limit).await?);
+        for key in self.live_keys().await? {
+            parked.extend(self.progress.parked(&key, limit).await?);
         }
         parked.sort_by_key(|event| event.position);
         parked.truncate(limit);
@@ -358,9 +362,9 @@ impl ProjectionHandle {
     }
 
     /// Returns the checkpoints of the live version, of which this node may not know yet.
-    async fn live_rows(&self) -> Result<Vec<String>, StoreError> {
-        let live = self.progress.versions(&self.layout).await?.live;
-        Ok(self.layout.parts().map(|part| self.layout.row(part, live)).collect())
+    async fn live_keys(&self) -> Result<Vec<CheckpointKey>, StoreError> {
+        let live = self.progress.projection(&self.name).await?.live_version;
+        Ok(self.layout.keys(live).collect())
     }
 
     fn count(&self) -> u16 {
@@ -373,8 +377,8 @@ impl ProjectionHandle {
     /// If there is no such event, or the read model cannot be written.
     pub async fn discard_parked(&self, position: Position) -> Result<(), ControlError> {
         self.prepared().await?;
-        for row in self.live_rows().await? {
-            if self.progress.remove_parked(&row, position).await? {
+        for key in self.live_keys().await? {
+            if self.progress.write(&self.name, ProgressWrite::Unpark { key, position }).await? {
                 return Ok(());
             }
         }

@@ -20,7 +20,7 @@ impl From<CheckpointError> for Interruption {
     fn from(error: CheckpointError) -> Self {
         match error {
             CheckpointError::Store(error) => Self::Store(error),
-            stale @ CheckpointError::Stale { .. } => Self::Fenced { reason: stale.to_string() },
+            moved => Self::Fenced { reason: moved.to_string() },
         }
     }
 }

@@ -1,23 +1,16 @@
-//! Layout: the partitions of a projection and the names of its rows and leases.
+//! Layout: the partitions of a projection, and the names of its leases.
 //!
-//! No two projections share a name, and no name equals one of the runtime's own.
+//! No two projections share a name, and no name of a lease equals one of the runtime's own.
 
 use super::ReadModel;
 use crate::event::Position;
 use crate::partition::Partition;
-use crate::store::{Checkpoint, CheckpointError, StoreError};
+use crate::store::{
+    Checkpoint, CheckpointError, CheckpointKey, ProgressWrite, StoreError, StoredProgress, StoredProjection,
+};
 
-/// I7: returns `found` with a new mark.
-///
-/// Writers that know only `found` are fenced, also at the start of the log.
-pub(super) fn bump(found: Checkpoint) -> Checkpoint {
-    Checkpoint { mark: found.mark + 1, ..found }
-}
-
-/// Returns the row that records the position delivered before a reset, without rollback.
-pub(super) fn delivered(row: &str) -> String {
-    format!("delivered/{row}")
-}
+/// Maximum number of attempts while other writers change the same projection.
+pub(super) const ATTEMPTS: u32 = 20;
 
 /// Role of a task for its projection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -28,85 +21,41 @@ pub(super) enum Role {
     Rebuild,
 }
 
-/// The live version of a read model and the version that is being built.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Versions {
-    pub(super) live: u64,
-    pub(super) rebuilt: Option<u64>,
-}
-
-impl From<Checkpoint> for Versions {
-    fn from(record: Checkpoint) -> Self {
-        Self { live: record.epoch, rebuilt: (record.mark > 0).then_some(record.mark) }
-    }
-}
-
-impl Versions {
-    /// Encodes the versions as a checkpoint.
-    pub(super) fn record(self, found: Checkpoint) -> Checkpoint {
-        Checkpoint { epoch: self.live, mark: self.rebuilt.unwrap_or(0), ..found }
-    }
-
-    /// Returns the version of the next rebuild.
-    pub(super) fn next(self) -> u64 {
-        self.live + 1
-    }
-
-    /// Returns the version for a role.
-    pub(super) fn of(self, role: Role) -> Option<u64> {
-        match role {
-            Role::Live => Some(self.live),
-            Role::Rebuild => self.rebuilt,
+impl Role {
+    /// Returns the version for the role.
+    pub(super) fn version(self, projection: &StoredProjection) -> Option<u64> {
+        match self {
+            Self::Live => Some(projection.live_version),
+            Self::Rebuild => projection.building_version,
         }
     }
 }
 
-/// The parts of a checkpoint name.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct CheckpointKey<'a> {
-    pub(super) name: &'a str,
-    /// Index of the partition, if there is one.
-    pub(super) partition: Option<u16>,
-    pub(super) version: u64,
-}
-
-impl<'a> CheckpointKey<'a> {
-    /// Parses a name made by [`Layout::row`]; `None` for other checkpoints.
-    pub(super) fn parse(row: &'a str) -> Option<Self> {
-        let (kind, rest) = row.split_once('/')?;
-        let (kind, version) = match kind.split_once('@') {
-            Some((kind, version)) => (kind, version.parse().ok()?),
-            None => (kind, 0),
-        };
-        match kind {
-            "projection" => Some(Self { name: rest, partition: None, version }),
-            "partition" => {
-                let (index, name) = rest.split_once('/')?;
-                Some(Self { name, partition: Some(index.parse().ok()?), version })
-            }
-            _ => None,
-        }
-    }
-}
-
-/// A projection's name, and its number of partitions if it is partitioned.
+/// A projection's name, and its number of partitions; 0 if it is not partitioned.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Layout {
     name: String,
-    partitions: Option<u16>,
+    partitions: u16,
 }
 
 impl Layout {
-    pub(super) fn single(name: &str) -> Self {
-        Self { name: name.to_owned(), partitions: None }
+    pub(super) fn new(name: &str, partitions: u16) -> Self {
+        Self { name: name.to_owned(), partitions }
     }
 
-    pub(super) fn partitioned(name: &str, partitions: u16) -> Self {
-        Self { name: name.to_owned(), partitions: Some(partitions) }
+    /// Returns the key of a checkpoint.
+    pub(super) fn key(&self, partition: Option<Partition>, version: u64) -> CheckpointKey {
+        let partition = partition.map_or(0, Partition::index);
+        CheckpointKey { projection: self.name.clone(), version, partition }
     }
 
-    /// Returns the checkpoint name of a version.
-    pub(super) fn row(&self, partition: Option<Partition>, version: u64) -> String {
+    /// Returns the keys of all checkpoints of a version.
+    pub(super) fn keys(&self, version: u64) -> impl Iterator<Item = CheckpointKey> {
+        keys(&self.name, self.partitions, version)
+    }
+
+    /// Returns the name of a durable consumer of a version.
+    pub(super) fn consumer(&self, partition: Option<Partition>, version: u64) -> String {
         let version = if version == 0 { String::new() } else { format!("@{version}") };
         match partition {
             None => format!("projection{version}/{}", self.name),
@@ -116,74 +65,16 @@ impl Layout {
 
     /// Returns the name of the lease that permits to move the checkpoint.
     pub(super) fn lease(&self, partition: Option<Partition>, role: Role) -> String {
-        let row = self.row(partition, 0);
+        let name = self.consumer(partition, 0);
         match role {
-            Role::Live => row,
-            Role::Rebuild => format!("rebuild-{row}"),
+            Role::Live => name,
+            Role::Rebuild => format!("rebuild-{name}"),
         }
     }
 
-    /// Returns the checkpoint of the versions.
-    ///
-    /// Its epoch is the live version, its mark the version being built, or 0.
-    pub(super) fn version(&self) -> String {
-        format!("version/{}", self.name)
-    }
-
-    /// Returns the parts of this layout.
-    pub(super) fn parts(&self) -> impl Iterator<Item = Option<Partition>> {
-        let whole = self.partitions.is_none().then_some(None);
-        Partition::all(self.partitions.unwrap_or(0)).map(Some).chain(whole)
-    }
-
-    pub(super) async fn versions(&self, read_model: &impl ReadModel) -> Result<Versions, StoreError> {
-        if !read_model.shared() {
-            return Ok(Versions::from(Checkpoint::default()));
-        }
-        Ok(Versions::from(read_model.checkpoint(&self.version()).await?))
-    }
-
-    /// Returns the live version, also in a read model that still belongs to another store.
-    pub(super) async fn live<R: ReadModel>(
-        &self,
-        read_model: &R,
-        open: &mut R::Open,
-    ) -> Result<u64, StoreError> {
-        if !read_model.shared() {
-            return Ok(0);
-        }
-        Ok(Versions::from(read_model.adopt(open, &self.version()).await?).live)
-    }
-
-    /// Returns the row of the requests of a kind: a checkpoint without meaning, with parked events.
-    pub(super) fn request(&self, kind: &str) -> String {
-        format!("request/{kind}/{}", self.name)
-    }
-
-    /// Returns the lease for changes that affect all owners, held by one node at a time.
-    ///
-    /// Its release makes all owners re-read their state.
+    /// Returns the lease for changes that stop all owners, held by one node at a time.
     pub(super) fn order(&self) -> String {
         format!("order/{}", self.name)
-    }
-
-    /// Returns the checkpoint of the start position: the last position that is never applied.
-    ///
-    /// Its mark is 1 once the position is known.
-    pub(super) fn start(&self) -> String {
-        format!("start/{}", self.name)
-    }
-
-    /// Returns the checkpoint, in the event store, of the target of manual triggers.
-    ///
-    /// Its mark is the number of triggers.
-    pub(super) fn goal(&self) -> String {
-        format!("goal/{}", self.name)
-    }
-
-    /// Returns the lease with the epoch that counts the triggers.
-    pub(super) fn trigger(&self) -> String {
-        format!("trigger/{}", self.name)
     }
 
     /// Returns a membership lease: its holder shares the partitions.
@@ -191,204 +82,186 @@ impl Layout {
         format!("member/{slot}/{}", self.name)
     }
 
-    /// Returns the checkpoint of the layout: its mark is the number of partitions, or 0.
-    pub(super) fn record(&self) -> String {
-        format!("partitions/{}", self.name)
-    }
-
-    fn mark(&self) -> u64 {
-        self.partitions.map_or(0, u64::from)
-    }
-
-    /// Checks that the read model has this layout, or records it.
+    /// Checks that the read model has this layout, or records it. Returns its versions.
     ///
     /// # Errors
     /// `Incompatible` if it has another number of partitions: its checkpoints do not fit these
     /// partitions.
-    pub(super) async fn check(&self, read_model: &impl ReadModel) -> Result<(), StoreError> {
-        let found = read_model.checkpoint(&self.record()).await?.mark;
-        if found == self.mark() {
-            return Ok(());
+    pub(super) async fn check(&self, read_model: &impl ReadModel) -> Result<StoredProjection, StoreError> {
+        for _ in 0..ATTEMPTS {
+            let found = read_model.projection(&self.name).await?;
+            if found.partitions == self.partitions {
+                return Ok(found);
+            }
+            let Some(first) = self.keys(found.live_version).next().filter(|_| found.partitions == 0) else {
+                return Err(self.mismatch(found.partitions));
+            };
+            let checkpoint = read_model.checkpoint(&first).await?;
+            if checkpoint.position > Position::START || found.building_version.is_some() {
+                return Err(self.mismatch(0));
+            }
+            let open = read_model.begin(&self.name, checkpoint, None).await?;
+            let ours = StoredProjection { partitions: self.partitions, ..found };
+            let writes = vec![
+                // I7: an owner of the whole is fenced.
+                ProgressWrite::Checkpoint { key: first, from: checkpoint, to: checkpoint.next_generation() },
+                ProgressWrite::Projection { name: self.name.clone(), from: found, to: ours },
+            ];
+            if let Err(CheckpointError::Store(error)) = read_model.commit(open, writes).await {
+                return Err(error);
+            }
+            // If another node was faster, the next read shows its layout.
         }
-        if found > 0 {
-            return Err(self.mismatch(found));
-        }
-        if read_model.checkpoint(&self.row(None, 0)).await?.position > Position::START {
-            return Err(self.mismatch(0));
-        }
-        let none = Checkpoint::default();
-        let open = read_model.begin(&self.record(), none).await?;
-        let ours = Checkpoint { mark: self.mark(), ..none };
-        match read_model.commit(open, &self.record(), none, ours, None).await {
-            Ok(()) => Ok(()),
-            // Another node was faster.
-            Err(CheckpointError::Stale { found, .. }) if found.mark == self.mark() => Ok(()),
-            Err(CheckpointError::Stale { found, .. }) => Err(self.mismatch(found.mark)),
-            Err(CheckpointError::Store(error)) => Err(error),
-        }
+        Err(contended(&self.name))
     }
 
-    fn of(mark: u64, name: &str) -> Self {
-        let partitions = u16::try_from(mark).ok().filter(|&partitions| partitions > 0);
-        Self { name: name.to_owned(), partitions }
-    }
-
-    /// Returns the layout that is recorded in the read model.
-    pub(super) async fn as_recorded(&self, read_model: &impl ReadModel) -> Result<Self, StoreError> {
-        Ok(Self::of(read_model.checkpoint(&self.record()).await?.mark, &self.name))
-    }
-
-    /// Returns the record of delivered positions of a row, and its delivered position.
-    async fn delivered<R: ReadModel>(
-        &self,
-        read_model: &R,
-        open: &mut R::Open,
-        row: &str,
-    ) -> Result<(Checkpoint, Position), StoreError> {
-        let known = read_model.adopt(open, &delivered(row)).await?;
-        let now = read_model.adopt(open, row).await?.position;
-        Ok((known, known.position.max(now)))
-    }
-
-    fn pieces(&self, partitions: u64) -> String {
+    fn pieces(&self, partitions: u16) -> String {
         match partitions {
             0 => format!("the read model of projection {} without partitions", self.name),
             _ => format!("the read model of projection {} in {partitions} partitions", self.name),
         }
     }
 
-    /// A rebuild has rows of its own, of one number of partitions only.
-    fn being_rebuilt(&self, found: u64, version: u64) -> StoreError {
+    /// A rebuild has checkpoints of its own, of one number of partitions only.
+    fn being_rebuilt(&self, found: u16, version: u64) -> StoreError {
         StoreError::Incompatible {
-            expected: self.pieces(self.mark()),
+            expected: self.pieces(self.partitions),
             found: format!("{}, and a rebuild of version {version} in progress", self.pieces(found)),
             advice: "cancel the rebuild, or restore that number of partitions until the cut-over; then reset the projection".into(),
         }
     }
 
-    fn mismatch(&self, found: u64) -> StoreError {
+    fn mismatch(&self, found: u16) -> StoreError {
         StoreError::Incompatible {
-            expected: self.pieces(self.mark()),
+            expected: self.pieces(self.partitions),
             found: self.pieces(found),
             advice: "the first start fixes the number of partitions: restore that number, or reset the projection to rebuild it".into(),
         }
     }
 
-    /// Returns the moves that reset all rows to the start in this layout, from any other layout.
+    /// Returns the writes that move the live version to the start in this layout, from any layout.
     ///
-    /// Each move has the row, its checkpoint and its target. Runs in a transaction that empties the
-    /// read model; the commit of that transaction makes the last move.
-    pub(super) async fn begin_anew<R: ReadModel>(
+    /// `start` is a new start position, if there is one.
+    pub(super) fn restart(
         &self,
-        read_model: &R,
-        open: &mut R::Open,
-        version: u64,
-    ) -> Result<Vec<(String, Checkpoint, Checkpoint)>, StoreError> {
-        let restarted = |found: Checkpoint| Checkpoint { position: Position::START, ..bump(found) };
-        if !read_model.shared() {
-            let row = self.row(None, 0);
-            let found = read_model.adopt(open, &row).await?;
-            return Ok(vec![(row, found, restarted(found))]);
+        found: &StoredProgress,
+        start: Option<Position>,
+        rolls_back: bool,
+    ) -> Result<Vec<ProgressWrite>, StoreError> {
+        let from = found.projection;
+        let changed = from.partitions != self.partitions;
+        if let Some(version) = from.building_version.filter(|_| changed) {
+            return Err(self.being_rebuilt(from.partitions, version));
         }
-        let record = self.record();
-        let found = read_model.adopt(open, &record).await?;
-        let most = u16::try_from(found.mark).unwrap_or(u16::MAX).max(self.partitions.unwrap_or(0));
-        let mut rows = Vec::with_capacity(usize::from(most) + 2);
-        if found.mark != self.mark() {
-            let versions = Versions::from(read_model.adopt(open, &self.version()).await?);
-            if let Some(rebuilt) = versions.rebuilt {
-                return Err(self.being_rebuilt(found.mark, rebuilt));
-            }
-            rows.push((record, found, Checkpoint { mark: self.mark(), ..found }));
-        }
+        let delivered = |checkpoint: Checkpoint| checkpoint.delivered.max(checkpoint.position);
         // If the layout changes, only the position that all old parts delivered is known to be
         // delivered.
-        let mut floor = None;
-        if found.mark != self.mark() && !read_model.rolls_back() {
-            for part in Self::of(found.mark, &self.name).parts() {
-                let upto = self.delivered(read_model, open, &self.row(part, version)).await?.1;
-                floor = Some(floor.map_or(upto, |floor: Position| floor.min(upto)));
-            }
+        let old = keys(&self.name, from.partitions, from.live_version);
+        let floor = old.map(|key| delivered(found.checkpoint(&key))).min().filter(|_| changed);
+        let mut writes = Vec::new();
+        for key in keys(&self.name, from.partitions.max(self.partitions), from.live_version) {
+            let from = found.checkpoint(&key);
+            let delivered = if rolls_back { Position::START } else { floor.unwrap_or(delivered(from)) };
+            let to = Checkpoint { position: Position::START, delivered, ..from.next_generation() };
+            writes.push(ProgressWrite::Checkpoint { key, from, to });
         }
-        for partition in Partition::all(most).map(Some).chain([None]) {
-            let row = self.row(partition, version);
-            let found = read_model.adopt(open, &row).await?;
-            let used = match partition {
-                Some(_) => self.partitions.is_some(),
-                None => self.partitions.is_none(),
-            };
-            if used && !read_model.rolls_back() {
-                // First: without one common transaction, the delivered positions must not be lost.
-                let (known, upto) = self.delivered(read_model, open, &row).await?;
-                let to = Checkpoint { position: floor.unwrap_or(upto), ..known };
-                rows.push((delivered(&row), known, to));
-            }
-            if used || found != Checkpoint::default() {
-                rows.push((row, found, restarted(found)));
-            }
+        let start_position = start.or(from.start_position);
+        let to = StoredProjection { partitions: self.partitions, start_position, ..from };
+        if to != from {
+            writes.push(ProgressWrite::Projection { name: self.name.clone(), from, to });
         }
-        if found.mark != self.mark() && !read_model.rolls_back() {
-            // The layout record comes last: in another layout, a row that is not at the start yet
-            // would claim events that it never applied.
-            rows.rotate_left(1);
-        }
-        Ok(rows)
+        Ok(writes)
     }
+}
+
+fn keys(name: &str, partitions: u16, version: u64) -> impl Iterator<Item = CheckpointKey> {
+    (0..partitions.max(1)).map(move |partition| CheckpointKey {
+        projection: name.to_owned(),
+        version,
+        partition,
+    })
+}
+
+/// Returns the write that undoes a write of [`Layout::restart`].
+pub(super) fn undo(write: ProgressWrite) -> ProgressWrite {
+    match write {
+        // No generation repeats: it identifies the replay.
+        ProgressWrite::Checkpoint { key, from, to } => {
+            let back = Checkpoint { generation: to.next_generation().generation, ..from };
+            ProgressWrite::Checkpoint { key, from: to, to: back }
+        }
+        ProgressWrite::Projection { name, from, to } => {
+            let written = StoredProjection { revision: from.revision + 1, ..to };
+            ProgressWrite::Projection { name, from: written, to: from }
+        }
+        other => other,
+    }
+}
+
+/// Returns the error after [`ATTEMPTS`] that met other changes.
+pub(super) fn contended(projection: &str) -> StoreError {
+    let reason =
+        format!("changing projection {projection} failed: concurrent changes in {ATTEMPTS} attempts");
+    StoreError::Unavailable { reason, source: None }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-
     use super::*;
-    use crate::projection::AtLeastOnce;
-    use crate::store::EventStore;
-    use crate::store::MemoryStore;
+
+    fn progress(partitions: u16, checkpoints: &[(u64, u64)]) -> StoredProgress {
+        let projection = StoredProjection { partitions, live_version: 1, ..StoredProjection::default() };
+        let keys = keys("x", partitions, 1).zip(checkpoints);
+        let checkpoints = keys.map(|(key, (position, delivered))| {
+            let (position, delivered) = (Position::new(*position), Position::new(*delivered));
+            (key, Checkpoint { position, delivered, epoch: 7, generation: 3 })
+        });
+        StoredProgress { projection, checkpoints: checkpoints.collect() }
+    }
+
+    fn moves(writes: &[ProgressWrite]) -> Vec<(u16, Checkpoint)> {
+        let moves = writes.iter().filter_map(|write| match write {
+            ProgressWrite::Checkpoint { key, to, .. } => Some((key.partition, *to)),
+            _ => None,
+        });
+        moves.collect()
+    }
 
     #[test]
-    fn rows_are_read_as_they_are_named() {
-        for name in ["revenue", "a/b", "x@2/0/y"] {
-            for version in [0, 1, 12] {
-                let row = Layout::single(name).row(None, version);
-                assert_eq!(
-                    CheckpointKey::parse(&row),
-                    Some(CheckpointKey { name, partition: None, version })
-                );
-                for partition in Partition::all(11) {
-                    let row = Layout::partitioned(name, 11).row(Some(partition), version);
-                    assert_eq!(
-                        CheckpointKey::parse(&row),
-                        Some(CheckpointKey { name, partition: Some(partition.index()), version })
-                    );
-                }
-            }
-            let layout = Layout::single(name);
-            for other in [
-                layout.version(),
-                layout.record(),
-                layout.request("reset"),
-                layout.goal(),
-                layout.start(),
-                delivered(&layout.row(None, 0)),
-                "publisher".into(),
-            ] {
-                assert_eq!(CheckpointKey::parse(&other), None, "{other}");
-            }
-        }
+    fn a_restart_keeps_the_delivered_positions() {
+        let found = progress(2, &[(5, 9), (7, 0)]);
+        let to = |generation, epoch, delivered| Checkpoint {
+            position: Position::START,
+            epoch,
+            generation,
+            delivered: Position::new(delivered),
+        };
+        let same = Layout::new("x", 2).restart(&found, None, false).unwrap();
+        assert_eq!(moves(&same), [(0, to(4, 7, 9)), (1, to(4, 7, 7))]);
+        assert_eq!(same.len(), 2);
+        // In another layout, a stream may be in another partition than before.
+        let more = Layout::new("x", 3).restart(&found, None, false).unwrap();
+        assert_eq!(moves(&more), [(0, to(4, 7, 7)), (1, to(4, 7, 7)), (2, to(1, 0, 7))]);
+        let whole = Layout::new("x", 0).restart(&found, None, true).unwrap();
+        // The checkpoints of the old layout move too: their owners are fenced.
+        assert_eq!(moves(&whole), [(0, to(4, 7, 0)), (1, to(4, 7, 0))]);
+        assert_eq!(whole.len(), 3);
     }
-    /// If it stops between two moves, every row of the new layout is at the start.
-    #[tokio::test]
-    async fn without_rollback_the_layout_changes_after_the_checkpoints() {
-        let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
-        let outside = AtLeastOnce::new();
-        outside.prepare(&store, "x").await.unwrap();
-        Layout::partitioned("x", 4).check(&outside).await.unwrap();
-        let mut open = outside.begin("x", Checkpoint::default()).await.unwrap();
-        let two = Layout::partitioned("x", 2);
-        let rows = two.begin_anew(&outside, &mut open, 0).await.unwrap();
-        let names: Vec<_> = rows.iter().map(|(row, ..)| row.as_str()).collect();
-        let [parts @ .., last] = &names[..] else { panic!("{names:?}") };
-        assert_eq!(*last, two.record());
-        assert!(parts.contains(&"partition/1/x") && !parts.contains(&"partitions/x"), "{names:?}");
+
+    #[test]
+    fn an_undone_restart_fences_as_well() {
+        let found = progress(1, &[(5, 0)]);
+        let writes = Layout::new("x", 1).restart(&found, None, false).unwrap();
+        let back: Vec<_> = writes.into_iter().map(undo).collect();
+        let was = found.checkpoints[0].1;
+        assert_eq!(moves(&back), [(0, Checkpoint { generation: was.generation + 2, ..was })]);
+    }
+
+    #[test]
+    fn a_rebuild_prevents_another_layout() {
+        let mut found = progress(2, &[(5, 0), (5, 0)]);
+        found.projection.building_version = Some(2);
+        Layout::new("x", 2).restart(&found, None, true).unwrap();
+        Layout::new("x", 4).restart(&found, None, true).unwrap_err();
     }
 }

@@ -1,10 +1,12 @@
-use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
+use super::sealed::Sealed;
 use super::{ReadModel, SnapshotState, Snapshots};
 use crate::event::Position;
 use crate::store::{
-    BoxFuture, Checkpoint, CheckpointError, EventStore, ParkedEvent, SnapshotRevision, StoreError,
+    Checkpoint, CheckpointError, CheckpointKey, EventStore, MemoryProgress, ParkedEvent, ProgressWrite,
+    Request, SnapshotRevision, StoreError, StoredProgress, StoredProjection, StoredRequest,
 };
 
 /// A read model in the projection's own memory.
@@ -21,14 +23,8 @@ use crate::store::{
 /// changes anything. With snapshots it must: its changes are saved and remain after a restart.
 #[derive(Debug, Default)]
 pub struct InMemory {
-    progress: Mutex<Progress>,
+    progress: Mutex<MemoryProgress>,
     snapshots: Option<Snapshots>,
-}
-
-#[derive(Debug, Default)]
-struct Progress {
-    checkpoint: Checkpoint,
-    parked: BTreeMap<Position, ParkedEvent>,
 }
 
 impl InMemory {
@@ -111,16 +107,18 @@ impl InMemory {
         Self { snapshots, ..Self::default() }
     }
 
-    fn progress(&self) -> MutexGuard<'_, Progress> {
+    fn progress(&self) -> MutexGuard<'_, MemoryProgress> {
         // No code below can panic half-way through a change.
         self.progress.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
+impl Sealed for InMemory {}
+
 impl ReadModel for InMemory {
     type Transaction = ();
-    /// The parked events to delete at the commit, and the handle of `apply`.
-    type Open = (BTreeSet<Position>, ());
+    /// The writes for the commit, and the handle of `apply`.
+    type Open = (Vec<ProgressWrite>, ());
 
     fn shared(&self) -> bool {
         false
@@ -134,91 +132,75 @@ impl ReadModel for InMemory {
         self.snapshots.as_ref()
     }
 
-    fn prepare<'a>(
-        &'a self,
-        _store: &'a Arc<dyn EventStore>,
-        _name: &'a str,
-    ) -> BoxFuture<'a, Result<(), StoreError>> {
-        Box::pin(async { Ok(()) })
+    async fn prepare(&self, _store: &Arc<dyn EventStore>) -> Result<(), StoreError> {
+        Ok(())
     }
 
-    fn checkpoint<'a>(&'a self, _name: &'a str) -> BoxFuture<'a, Result<Checkpoint, StoreError>> {
-        Box::pin(async { Ok(self.progress().checkpoint) })
+    async fn projection(&self, name: &str) -> Result<StoredProjection, StoreError> {
+        Ok(self.progress().projection(name))
     }
 
-    fn begin<'a>(
-        &'a self,
-        _name: &'a str,
+    async fn checkpoint(&self, key: &CheckpointKey) -> Result<Checkpoint, StoreError> {
+        Ok(self.progress().checkpoint(key))
+    }
+
+    async fn parked(
+        &self,
+        key: &CheckpointKey,
+        from: Position,
+        limit: usize,
+    ) -> Result<Vec<ParkedEvent>, StoreError> {
+        Ok(self.progress().parked(key, from, limit))
+    }
+
+    async fn requests(
+        &self,
+        _projection: &str,
+        _from: Request,
+        _limit: usize,
+    ) -> Result<Vec<StoredRequest>, StoreError> {
+        Ok(Vec::new())
+    }
+
+    async fn begin(
+        &self,
+        _projection: &str,
         _from: Checkpoint,
-    ) -> BoxFuture<'a, Result<Self::Open, StoreError>> {
-        Box::pin(async { Ok((BTreeSet::new(), ())) })
+        _limit: Option<Duration>,
+    ) -> Result<Self::Open, StoreError> {
+        Ok((Vec::new(), ()))
     }
 
     fn transaction<'a>(&self, open: &'a mut Self::Open) -> &'a mut () {
         &mut open.1
     }
 
-    fn commit<'a>(
-        &'a self,
-        open: Self::Open,
-        name: &'a str,
-        from: Checkpoint,
-        to: Checkpoint,
-        parked: Option<ParkedEvent>,
-    ) -> BoxFuture<'a, Result<(), CheckpointError>> {
-        Box::pin(async move {
-            let mut progress = self.progress();
-            let found = progress.checkpoint;
-            if found != from {
-                return Err(CheckpointError::Stale { name: name.to_owned(), expected: from, found });
-            }
-            progress.checkpoint = to;
-            progress.parked.retain(|position, _| !open.0.contains(position));
-            progress.parked.extend(parked.map(|event| (event.position, event)));
-            Ok(())
-        })
+    async fn adopt(&self, _open: &mut Self::Open, name: &str) -> Result<StoredProgress, StoreError> {
+        let progress = self.progress();
+        Ok(StoredProgress { projection: progress.projection(name), checkpoints: progress.checkpoints(name) })
     }
 
-    fn rollback(&self, _open: Self::Open) -> BoxFuture<'_, Result<(), StoreError>> {
-        Box::pin(async { Ok(()) })
+    async fn write(&self, open: &mut Self::Open, write: ProgressWrite) -> Result<(), CheckpointError> {
+        if let ProgressWrite::Unpark { key, position } = &write
+            && self
+                .progress()
+                .parked(key, *position, 1)
+                .first()
+                .is_none_or(|event| event.position != *position)
+        {
+            return Err(CheckpointError::not_parked(key, *position));
+        }
+        open.0.push(write);
+        Ok(())
     }
 
-    fn parked<'a>(
-        &'a self,
-        _name: &'a str,
-        limit: usize,
-    ) -> BoxFuture<'a, Result<Vec<ParkedEvent>, StoreError>> {
-        Box::pin(async move { Ok(self.progress().parked.values().take(limit).cloned().collect()) })
+    async fn commit(&self, open: Self::Open, writes: Vec<ProgressWrite>) -> Result<(), CheckpointError> {
+        let (mut all, ()) = open;
+        all.extend(writes);
+        self.progress().write(all)
     }
 
-    fn unpark<'a>(
-        &'a self,
-        open: &'a mut Self::Open,
-        _name: &'a str,
-        position: Position,
-    ) -> BoxFuture<'a, Result<bool, StoreError>> {
-        Box::pin(async move {
-            open.0.insert(position);
-            Ok(self.progress().parked.contains_key(&position))
-        })
-    }
-
-    fn unpark_all<'a>(
-        &'a self,
-        open: &'a mut Self::Open,
-        _name: &'a str,
-    ) -> BoxFuture<'a, Result<(), StoreError>> {
-        Box::pin(async move {
-            open.0.extend(self.progress().parked.keys());
-            Ok(())
-        })
-    }
-
-    fn remove_parked<'a>(
-        &'a self,
-        _name: &'a str,
-        position: Position,
-    ) -> BoxFuture<'a, Result<bool, StoreError>> {
-        Box::pin(async move { Ok(self.progress().parked.remove(&position).is_some()) })
+    async fn rollback(&self, _open: Self::Open) -> Result<(), StoreError> {
+        Ok(())
     }
 }

@@ -3,24 +3,20 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::sync::Arc;
-use std::time::Duration;
 
 use chrono::{DateTime, Utc};
-use tokio::time::{Instant, sleep};
 use uuid::Uuid;
 
-use super::checkpoint_store::{ATTEMPTS, DynCheckpointStore};
-use super::control::ControlError;
-use super::layout::{CheckpointKey, Layout, Role, Versions};
-use super::request::{Answer, Request};
-use super::{ReadModel, name_problem};
+use super::checkpoint_store::DynCheckpointStore;
+use super::layout::{Layout, Role};
+use super::request::Answer;
+use super::{ProgressRecords, ReadModel, name_problem};
 use crate::event::Position;
-use crate::lease::{self, Renewals};
 use crate::partition::Partition;
-use crate::store::{EventStore, LeaseInfo, ParkedEvent, StoreError};
-
-/// Maximum time that a node is held up by the notification of a request.
-const ORDER: Duration = Duration::from_secs(10);
+use crate::store::{
+    CheckpointKey, CheckpointRecord, ControlChange, EventStore, LeaseInfo, ParkedEvent, ProgressWrite,
+    Request, StoreError, StoredRequest,
+};
 
 /// Maximum number of requests that are read for a projection.
 const REQUESTS: usize = 1_000;
@@ -134,74 +130,60 @@ impl Operator {
     /// # Errors
     /// If the store or the read model cannot be read.
     pub async fn projections(&self) -> Result<Vec<ProjectionRecord>, StoreError> {
-        let records = self.progress.records().await?;
+        let ProgressRecords { projections, checkpoints } = self.progress.records().await?;
         let leases: BTreeMap<String, LeaseInfo> =
             self.store.leases().await?.into_iter().map(|info| (info.lease.name.clone(), info)).collect();
-        let paused = self.store.paused().await?;
-        let rows: Vec<_> =
-            records.iter().filter_map(|record| Some((CheckpointKey::parse(&record.name)?, record))).collect();
-        let mut names: BTreeSet<&str> = paused.iter().map(String::as_str).collect();
-        names.extend(rows.iter().map(|(row, _)| row.name));
+        let controls = self.store.controls().await?;
+        let paused = |name: &str| controls.get(name).is_some_and(|control| control.paused);
+        let mut names: BTreeSet<&str> =
+            controls.keys().map(String::as_str).filter(|name| paused(name)).collect();
+        names.extend(checkpoints.iter().map(|record| &*record.key.projection));
         let mut found = Vec::with_capacity(names.len());
         for name in names {
-            let layout = Layout::single(name);
-            let versions = records.iter().find(|record| record.name == layout.version());
-            let versions = Versions::from(versions.map(|record| record.checkpoint).unwrap_or_default());
-            let cut = records.iter().find(|record| record.name == layout.record());
-            let cut = cut.map_or(0, |record| u16::try_from(record.checkpoint.mark).unwrap_or(u16::MAX));
+            let stored = projections.iter().find(|(of, _)| of == name);
+            let stored = stored.map(|(_, stored)| *stored).unwrap_or_default();
+            let layout = Layout::new(name, stored.partitions);
+            let count = usize::from(stored.partitions.max(1));
             let of = |version: u64| {
-                // Rows of another number of partitions may be left over.
-                let ours = move |row: &CheckpointKey<'_>| match row.partition {
-                    Some(index) => index < cut,
-                    None => cut == 0,
+                // Checkpoints of another number of partitions may be left over.
+                let ours = move |record: &&CheckpointRecord| {
+                    let key = &record.key;
+                    key.projection == name && key.version == version && usize::from(key.partition) < count
                 };
-                let of_version =
-                    rows.iter().filter(move |(row, _)| row.name == name && row.version == version);
-                let mut parts: Vec<_> = of_version.filter(|(row, _)| ours(row)).collect();
-                parts.sort_by_key(|(row, _)| row.partition);
-                parts
+                checkpoints.iter().filter(ours)
             };
-            let live = of(versions.live);
-            let mut parts = Vec::with_capacity(live.len());
-            for (row, record) in &live {
-                let partition = row.partition.and_then(|index| Partition::all(cut).nth(usize::from(index)));
-                let owner = leases.get(&layout.lease(partition, Role::Live)).filter(|info| info.live);
-                parts.push(PartRecord {
-                    partition,
-                    position: record.checkpoint.position,
-                    updated_at: record.updated_at,
-                    owner: owner.map(|info| info.lease.owner),
-                });
-            }
-            let mut requests = Vec::new();
-            for kind in Request::KINDS {
-                let row = layout.request(kind);
-                if records.iter().any(|record| record.name == row && record.parked > 0) {
-                    for kept in self.progress.parked(&row, REQUESTS).await? {
-                        requests.extend(Request::of(kind, &kept).map(|request| (request, Answer::of(&kept))));
+            let live: Vec<_> = of(stored.live_version).collect();
+            let parts: Vec<_> = live
+                .iter()
+                .map(|record| {
+                    let partition = Partition::all(stored.partitions).nth(usize::from(record.key.partition));
+                    let owner = leases.get(&layout.lease(partition, Role::Live)).filter(|info| info.live);
+                    PartRecord {
+                        partition,
+                        position: record.checkpoint.position,
+                        updated_at: record.updated_at,
+                        owner: owner.map(|info| info.lease.owner),
                     }
-                }
-            }
-            let begun = parts.len() == usize::from(cut.max(1));
+                })
+                .collect();
+            let requests = self.progress.requests(name, Request::FIRST, REQUESTS).await?;
+            let begun = parts.len() == count;
             found.push(ProjectionRecord {
                 name: name.to_owned(),
-                // A partition that has never applied anything has no row.
+                // A partition that has never applied anything has no checkpoint.
                 position: parts.iter().map(|part| part.position).min().filter(|_| begun).unwrap_or_default(),
-                version: versions.live,
+                version: stored.live_version,
                 parts,
-                paused: paused.contains(name),
-                parked: live.iter().map(|(_, record)| record.parked).sum(),
-                rebuild: versions.rebuilt.map(|version| RebuildRecord {
-                    version,
-                    positions: {
-                        let mut positions: Vec<_> =
-                            of(version).iter().map(|(_, record)| record.checkpoint.position).collect();
-                        positions.resize(usize::from(cut.max(1)), Position::START);
-                        positions
-                    },
+                paused: paused(name),
+                parked: live.iter().map(|record| record.parked).sum(),
+                rebuild: stored.building_version.map(|version| {
+                    let positions = of(version).map(|record| record.checkpoint.position);
+                    let mut positions: Vec<_> = positions.collect();
+                    positions.resize(count, Position::START);
+                    RebuildRecord { version, positions }
                 }),
-                requests,
-                foreign: live.iter().any(|(_, record)| record.store != self.store.info().id),
+                requests: requests.into_iter().map(|stored| (stored.request, stored.into())).collect(),
+                foreign: live.iter().any(|record| record.store != self.store.info().id),
             });
         }
         Ok(found)
@@ -222,23 +204,21 @@ impl Operator {
     /// # Errors
     /// `Invalid` if no projection can have this name. If the store cannot be written.
     pub async fn pause(&self, name: &str) -> Result<(), StoreError> {
-        // Not in `resume`, which removes such a name.
+        // Not in `resume`: such a name may be left over.
         if let Some(problem) = name_problem(name) {
             return Err(StoreError::Invalid {
                 reason: format!("pausing projection {name:?} failed: {problem}"),
             });
         }
-        self.store.set_paused(name, true).await
+        self.store.control(name, ControlChange::Pause).await.map(drop)
     }
 
     /// Resumes the projection on all nodes. A failed projection retries.
     ///
     /// # Errors
-    /// If the store cannot be written; [`Conflict`](ControlError::Conflict) if concurrent actions on
-    /// the projection do not end.
-    pub async fn resume(&self, name: &str) -> Result<(), ControlError> {
-        self.store.set_paused(name, false).await?;
-        self.call(name).await
+    /// If the store cannot be written.
+    pub async fn resume(&self, name: &str) -> Result<(), StoreError> {
+        self.store.control(name, ControlChange::Resume).await.map(drop)
     }
 
     /// Records a request to the nodes that run the projection, and returns.
@@ -248,25 +228,21 @@ impl Operator {
     /// cancel a rebuild also withdraws a waiting request for a rebuild.
     ///
     /// # Errors
-    /// If the store or the read model cannot be written; [`Conflict`](ControlError::Conflict) if
-    /// concurrent actions on the projection do not end. The request may be recorded nevertheless.
-    pub async fn ask(&self, name: &str, request: Request) -> Result<RequestTicket, ControlError> {
-        if request == Request::CancelRebuild {
+    /// If the store or the read model cannot be written. The request may be recorded nevertheless.
+    pub async fn ask(&self, name: &str, request: Request) -> Result<RequestTicket, StoreError> {
+        if request == Request::CancelRebuild
+            && self
+                .stored(name, Request::Rebuild)
+                .await?
+                .is_some_and(|stored| stored.refused_reason.is_none())
+        {
             // Nodes cancel before they rebuild, which is right only for the other order.
-            let row = Layout::single(name).request(Request::Rebuild.kind());
-            let stand = self.progress.parked(&row, 1).await?;
-            if stand.iter().any(|kept| Answer::of(kept) == Answer::Waiting) {
-                self.withdraw(name, Request::Rebuild).await?;
-            }
+            self.withdraw(name, Request::Rebuild).await?;
         }
-        let kept = request.to_keep()?;
-        let row = Layout::single(name).request(request.kind());
-        if !self.progress.post(&row, &kept).await? {
-            let reason =
-                format!("storing a request in {row} failed: concurrent writes in all {ATTEMPTS} attempts");
-            return Err(ControlError::Conflict { name: name.to_owned(), reason });
-        }
-        self.call(name).await?;
+        let (projection, stored) = (name.to_owned(), StoredRequest::new(request));
+        self.progress.write(name, ProgressWrite::AddRequest { projection, request: stored }).await?;
+        // The nodes read their state again, and the requests.
+        self.store.control(name, ControlChange::Announce).await?;
         Ok(RequestTicket { projection: name.to_owned(), request })
     }
 
@@ -277,10 +253,13 @@ impl Operator {
     /// # Errors
     /// If the read model cannot be read.
     pub async fn answer(&self, asked: &RequestTicket) -> Result<Answer, StoreError> {
-        let row = Layout::single(&asked.projection).request(asked.request.kind());
-        let kept = self.progress.parked(&row, usize::MAX).await?;
-        let kept = kept.iter().find(|kept| kept.position == asked.request.position());
-        Ok(kept.map_or(Answer::Taken, Answer::of))
+        Ok(self.stored(&asked.projection, asked.request).await?.map_or(Answer::Taken, Answer::from))
+    }
+
+    /// Returns a request as stored, if it exists.
+    async fn stored(&self, name: &str, request: Request) -> Result<Option<StoredRequest>, StoreError> {
+        let stored = self.progress.requests(name, request, 1).await?;
+        Ok(stored.into_iter().find(|stored| stored.request == request))
     }
 
     /// Withdraws a request, or deletes its refusal; returns whether there was one.
@@ -290,8 +269,8 @@ impl Operator {
     /// # Errors
     /// If the read model cannot be written.
     pub async fn withdraw(&self, name: &str, request: Request) -> Result<bool, StoreError> {
-        let row = Layout::single(name).request(request.kind());
-        self.progress.remove_parked(&row, request.position()).await
+        let projection = name.to_owned();
+        self.progress.write(name, ProgressWrite::RemoveRequest { projection, request, id: None }).await
     }
 
     /// Returns at most `limit` parked events of a projection, oldest first.
@@ -300,8 +279,8 @@ impl Operator {
     /// If the read model cannot be read.
     pub async fn parked(&self, name: &str, limit: usize) -> Result<Vec<ParkedEvent>, StoreError> {
         let mut parked = Vec::new();
-        for row in self.rows(name).await? {
-            parked.extend(self.progress.parked(&row, limit).await?);
+        for key in self.keys(name).await? {
+            parked.extend(self.progress.parked(&key, limit).await?);
         }
         parked.sort_by_key(|event| event.position);
         parked.truncate(limit);
@@ -313,47 +292,18 @@ impl Operator {
     /// # Errors
     /// If the read model cannot be written.
     pub async fn discard_parked(&self, name: &str, position: Position) -> Result<bool, StoreError> {
-        for row in self.rows(name).await? {
-            if self.progress.remove_parked(&row, position).await? {
+        for key in self.keys(name).await? {
+            if self.progress.write(name, ProgressWrite::Unpark { key, position }).await? {
                 return Ok(true);
             }
         }
         Ok(false)
     }
 
-    /// Returns the checkpoint names of the live version.
-    async fn rows(&self, name: &str) -> Result<Vec<String>, StoreError> {
-        let layout = Layout::single(name);
-        let live = Versions::from(self.progress.checkpoint(&layout.version()).await?).live;
-        let cut = self.progress.checkpoint(&layout.record()).await?.mark;
-        Ok(match u16::try_from(cut).unwrap_or(u16::MAX) {
-            0 => vec![layout.row(None, live)],
-            cut => Partition::all(cut).map(|partition| layout.row(Some(partition), live)).collect(),
-        })
-    }
-
-    /// Makes the nodes re-read all state of the projection.
-    async fn call(&self, name: &str) -> Result<(), ControlError> {
-        let order = Layout::single(name).order();
-        // Long enough to detect that a lease of this kind is not renewed.
-        let patience = ORDER * 3 / 2;
-        let give_up = Instant::now() + patience;
-        let mut renewals = Renewals::default();
-        loop {
-            let leases = self.store.leases().await?.into_iter();
-            let abandoned =
-                leases.filter(|info| info.lease.name == order).find(|info| renewals.is_abandoned(info));
-            let owner = Uuid::new_v4();
-            let taken = lease::acquire(&*self.store, &order, owner, ORDER, abandoned.as_ref()).await?;
-            if let Some(lease) = taken {
-                return Ok(self.store.release_lease(&lease).await?);
-            }
-            if Instant::now() >= give_up {
-                let reason = format!("its nodes were not notified: concurrent actions for {patience:?}");
-                return Err(ControlError::Conflict { name: name.to_owned(), reason });
-            }
-            sleep(Duration::from_millis(100)).await;
-        }
+    /// Returns the keys of the checkpoints of the live version.
+    async fn keys(&self, name: &str) -> Result<Vec<CheckpointKey>, StoreError> {
+        let stored = self.progress.projection(name).await?;
+        Ok(Layout::new(name, stored.partitions).keys(stored.live_version).collect())
     }
 }
 

@@ -7,21 +7,28 @@ use sqlx::postgres::{PgConnection, PgPool};
 use sqlx::{AssertSqlSafe, SqlSafeStr};
 use uuid::Uuid;
 
-use super::ReadModel;
 use super::error::transaction_ended;
+use super::sealed::Sealed;
+use super::{ProgressRecords, ReadModel};
 use crate::event::Position;
 use crate::store::postgres::{
-    Borrowed, BorrowedTransaction, Progress, Schema, TransactionPool, database_of, failed,
-    may_be_of_transaction, prepare_read_model,
+    Borrowed, BorrowedTransaction, Schema, TransactionPool, database_of, failed, may_be_of_transaction, prepare_read_model, progress,
 };
+use crate::store::sql::Progress;
 use crate::store::{
-    Adoption, BoxFuture, Checkpoint, CheckpointError, CheckpointRecord, EventStore, ParkedEvent, StoreError,
+    Adoption, Checkpoint, CheckpointError, CheckpointKey, EventStore, ParkedEvent, ProgressWrite, Request,
+    StoreError, StoredProgress, StoredProjection, StoredRequest,
 };
 
 /// Marks the transaction by a setting that ends with it, in the round trip of its `BEGIN`.
 ///
-/// Checkpoints move only in a marked transaction: `apply` may have ended it and begun another one.
+/// Progress is written only in a marked transaction: `apply` may have ended it and begun another
+/// one.
 const MARK: &str = "set_config('storied_transaction.state', 'open', true)";
+
+/// The condition that the transaction is marked; after its end, the setting is empty or NULL.
+const MARKED: &str =
+    "pg_catalog.current_setting('storied_transaction.state', true) IS NOT DISTINCT FROM 'open'";
 
 /// Tables in a PostgreSQL database, written together with the checkpoint: exactly once.
 ///
@@ -54,7 +61,19 @@ struct Shared {
 /// If dropped without a commit, it closes its connection, so that the application's pool never
 /// receives a connection inside a transaction.
 #[derive(Debug)]
-pub struct PostgresOpen(BorrowedTransaction);
+pub struct PostgresOpen {
+    transaction: BorrowedTransaction,
+    projection: String,
+}
+
+impl PostgresOpen {
+    /// Returns whether the transaction is the one that storied has begun.
+    async fn is_marked(&mut self) -> Result<bool, StoreError> {
+        let marked = AssertSqlSafe(format!("SELECT {MARKED}"));
+        let marked = sqlx::query_scalar(marked).fetch_one(self.transaction.connection()).await;
+        marked.map_err(|error| failed(&format!("checking the transaction of {}", self.projection), error))
+    }
+}
 
 impl PostgresReadModel {
     /// Uses the connections of a pool, direct or through a pooler in session mode.
@@ -75,7 +94,7 @@ impl PostgresReadModel {
     }
 
     fn within(pool: PgPool, schema: Schema) -> Self {
-        let progress = Progress::of_read_model(&schema);
+        let progress = progress::of_read_model(&schema, MARKED);
         let transactions = TransactionPool::new(pool);
         Self { shared: Arc::new(Shared { transactions, schema, progress, store: OnceLock::new() }) }
     }
@@ -89,21 +108,26 @@ impl PostgresReadModel {
         Borrowed::acquire(self.pool()).await.map_err(|error| failed(doing, error))
     }
 
-    /// Saves the checkpoint if the transaction is the one that storied has begun.
-    async fn save_within(
+    /// Writes progress if the transaction is the one that storied has begun.
+    async fn write_all(
         &self,
-        open: &mut BorrowedTransaction,
-        name: &str,
-        from: Checkpoint,
-        to: Checkpoint,
+        open: &mut PostgresOpen,
+        writes: &[ProgressWrite],
     ) -> Result<(), CheckpointError> {
-        let progress = &self.shared.progress;
-        let saved = progress.save(open.connection(), name, self.store()?, from, to).await;
-        // `save` moves no checkpoint without the mark of the transaction.
-        if saved.is_err() && !progress.is_marked(open.connection()).await.unwrap_or(true) {
-            return Err(transaction_ended(name).into());
+        // The statement that moves a checkpoint checks the mark itself.
+        let checks = matches!(writes, [ProgressWrite::Checkpoint { .. }, ..]);
+        if !checks && !open.is_marked().await? {
+            return Err(transaction_ended(&open.projection).into());
         }
-        saved
+        let store = self.store()?;
+        for write in writes {
+            let written = self.shared.progress.write(open.transaction.connection(), store, write).await;
+            if written.is_err() && !open.is_marked().await.unwrap_or(true) {
+                return Err(transaction_ended(&open.projection).into());
+            }
+            written?;
+        }
+        Ok(())
     }
 
     fn store(&self) -> Result<Uuid, StoreError> {
@@ -117,6 +141,8 @@ impl fmt::Debug for PostgresReadModel {
         f.debug_struct("PostgresReadModel").field("store", &self.shared.store.get()).finish_non_exhaustive()
     }
 }
+
+impl Sealed for PostgresReadModel {}
 
 impl ReadModel for PostgresReadModel {
     type Transaction = PgConnection;
@@ -134,197 +160,131 @@ impl ReadModel for PostgresReadModel {
         may_be_of_transaction(error)
     }
 
-    fn prepare<'a>(
-        &'a self,
-        store: &'a Arc<dyn EventStore>,
-        _name: &'a str,
-    ) -> BoxFuture<'a, Result<(), StoreError>> {
-        Box::pin(async move {
-            let id = *self.shared.store.get_or_init(|| store.info().id);
-            if id != store.info().id {
-                let reason = "preparing a PostgresReadModel failed: already in use for another event store; create one per store".into();
-                return Err(StoreError::Invalid { reason });
+    async fn prepare(&self, store: &Arc<dyn EventStore>) -> Result<(), StoreError> {
+        let id = *self.shared.store.get_or_init(|| store.info().id);
+        if id != store.info().id {
+            let reason = "preparing a PostgresReadModel failed: already in use for another event store; create one per store".into();
+            return Err(StoreError::Invalid { reason });
+        }
+        let doing = "preparing the read model's database";
+        let mut connection = self.connection(doing).await?;
+        // I6: a copy with the configuration of its original would write into the original's
+        // read models. A copied database includes its read models. A copied schema does not:
+        // the application's tables are shared.
+        if let Adoption::Unadopted { found, recorded } = &store.info().adoption {
+            let database = database_of(&mut connection).await?;
+            if database.holds(recorded) || !database.holds(found) {
+                return Err(store.info().adoption.refuses(&database));
             }
-            let doing = "preparing the read model's database";
-            let mut connection = self.connection(doing).await?;
-            // I6: a copy with the configuration of its original would write into the original's
-            // read models. A copied database includes its read models. A copied schema does not:
-            // the application's tables are shared.
-            if let Adoption::Unadopted { found, recorded } = &store.info().adoption {
-                let database = database_of(&mut connection).await?;
-                if database.holds(recorded) || !database.holds(found) {
-                    return Err(store.info().adoption.refuses(&database));
-                }
-            }
-            prepare_read_model(&mut connection, &self.shared.schema).await?;
-            connection.give_back();
-            Ok(())
-        })
+        }
+        prepare_read_model(&mut connection, &self.shared.schema).await?;
+        connection.give_back();
+        Ok(())
     }
 
-    fn checkpoint<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<Checkpoint, StoreError>> {
-        Box::pin(async move {
-            let mut connection = self.connection("reading a checkpoint").await?;
-            let found = self.shared.progress.checkpoint(&mut connection, name, self.store()?).await?;
-            connection.give_back();
-            Ok(found)
-        })
+    async fn projection(&self, name: &str) -> Result<StoredProjection, StoreError> {
+        let mut connection = self.connection("reading a projection").await?;
+        let found = self.shared.progress.projection(&mut *connection, name, Some(self.store()?)).await?;
+        connection.give_back();
+        Ok(found)
     }
 
-    fn records(&self) -> BoxFuture<'_, Result<Vec<CheckpointRecord>, StoreError>> {
-        Box::pin(async move {
-            let mut connection = self.connection("reading the checkpoints").await?;
-            let found = self.shared.progress.records(&mut connection).await?;
-            connection.give_back();
-            Ok(found)
-        })
+    async fn projection_of_any_store(&self, name: &str) -> Result<StoredProjection, StoreError> {
+        let mut connection = self.connection("reading a projection").await?;
+        let found = self.shared.progress.projection(&mut *connection, name, None).await?;
+        connection.give_back();
+        Ok(found)
     }
 
-    fn begin<'a>(
-        &'a self,
-        name: &'a str,
+    async fn checkpoint(&self, key: &CheckpointKey) -> Result<Checkpoint, StoreError> {
+        let mut connection = self.connection("reading a checkpoint").await?;
+        let found = self.shared.progress.checkpoint(&mut *connection, key, self.store()?).await?;
+        connection.give_back();
+        Ok(found)
+    }
+
+    async fn parked(
+        &self,
+        key: &CheckpointKey,
+        from: Position,
+        limit: usize,
+    ) -> Result<Vec<ParkedEvent>, StoreError> {
+        let mut connection = self.connection("reading parked events").await?;
+        let found = self.shared.progress.parked(&mut *connection, key, from, limit).await?;
+        connection.give_back();
+        Ok(found)
+    }
+
+    async fn requests(
+        &self,
+        projection: &str,
+        from: Request,
+        limit: usize,
+    ) -> Result<Vec<StoredRequest>, StoreError> {
+        let mut connection = self.connection("reading requests").await?;
+        let found = self.shared.progress.requests(&mut *connection, projection, from, limit).await?;
+        connection.give_back();
+        Ok(found)
+    }
+
+    async fn records(&self) -> Result<ProgressRecords, StoreError> {
+        let mut connection = self.connection("reading the checkpoints").await?;
+        let projections = self.shared.progress.projections(&mut *connection).await?;
+        let checkpoints = self.shared.progress.records(&mut *connection).await?;
+        connection.give_back();
+        Ok(ProgressRecords { projections, checkpoints })
+    }
+
+    async fn begin(
+        &self,
+        projection: &str,
         _from: Checkpoint,
-    ) -> BoxFuture<'a, Result<PostgresOpen, StoreError>> {
-        Box::pin(async move {
-            let begin = AssertSqlSafe(format!("BEGIN; SELECT {MARK}")).into_sql_str();
-            let begun = self.shared.transactions.begin(begin).await;
-            begun.map(PostgresOpen).map_err(|error| failed(&beginning(name), error))
-        })
-    }
-
-    fn begin_within<'a>(
-        &'a self,
-        name: &'a str,
-        _from: Checkpoint,
-        limit: Duration,
-    ) -> BoxFuture<'a, Result<PostgresOpen, StoreError>> {
-        Box::pin(async move {
-            // One round trip. The server ends a transaction that this process cannot end: its
-            // statement waits for a lock, or its client was cut off. A shorter limit of the
-            // application stays.
+        limit: Option<Duration>,
+    ) -> Result<PostgresOpen, StoreError> {
+        // One round trip. The server ends a transaction that this process cannot end: its statement
+        // waits for a lock, or its client was cut off. A shorter limit of the application stays.
+        let shorter = |setting: &str, millis: u128| {
+            format!(
+                ", set_config('{setting}', CASE WHEN current_setting('{setting}')::interval > '0' \
+                 AND current_setting('{setting}')::interval < '{millis} ms' THEN current_setting('{setting}') \
+                 ELSE '{millis}' END, true)"
+            )
+        };
+        let limits = limit.map_or_else(String::new, |limit| {
             let millis = limit.as_millis().clamp(1, i32::MAX as u128);
-            let shorter = |setting: &str| {
-                format!(
-                    "set_config('{setting}', CASE WHEN current_setting('{setting}')::interval > '0' \
-                     AND current_setting('{setting}')::interval < '{millis} ms' THEN current_setting('{setting}') \
-                     ELSE '{millis}' END, true)"
-                )
-            };
-            let begin = format!(
-                "BEGIN; SELECT {MARK}, {}, {}",
-                shorter("statement_timeout"),
-                shorter("idle_in_transaction_session_timeout")
-            );
-            let begin = AssertSqlSafe(begin).into_sql_str();
-            let begun = self.shared.transactions.begin(begin).await;
-            begun.map(PostgresOpen).map_err(|error| failed(&beginning(name), error))
-        })
+            shorter("statement_timeout", millis) + &shorter("idle_in_transaction_session_timeout", millis)
+        });
+        let begin = AssertSqlSafe(format!("BEGIN; SELECT {MARK}{limits}")).into_sql_str();
+        let transaction = self.shared.transactions.begin(begin)
+            .await
+            .map_err(|error| failed(&format!("beginning a transaction of {projection}"), error))?;
+        Ok(PostgresOpen { transaction, projection: projection.to_owned() })
     }
 
     fn transaction<'a>(&self, open: &'a mut PostgresOpen) -> &'a mut PgConnection {
-        open.0.connection()
+        open.transaction.connection()
     }
 
-    fn bound<'a>(
-        &'a self,
-        open: &'a mut PostgresOpen,
-        limit: Duration,
-    ) -> BoxFuture<'a, Result<(), StoreError>> {
-        Box::pin(async move {
-            // The server would wait for a lock and hold its own locks even after the client has
-            // disconnected.
-            let set = sqlx::query("SELECT set_config('statement_timeout', $1, true)");
-            let set = set.bind(limit.as_millis().max(1).to_string()).execute(open.0.connection()).await;
-            set.map(drop).map_err(|error| failed("limiting the time of a transaction", error))
-        })
+    async fn adopt(&self, open: &mut PostgresOpen, projection: &str) -> Result<StoredProgress, StoreError> {
+        self.shared.progress.adopt(open.transaction.connection(), projection, self.store()?).await
     }
 
-    fn adopt<'a>(
-        &'a self,
-        open: &'a mut PostgresOpen,
-        name: &'a str,
-    ) -> BoxFuture<'a, Result<Checkpoint, StoreError>> {
-        Box::pin(async move { self.shared.progress.adopt(open.0.connection(), name, self.store()?).await })
+    async fn write(&self, open: &mut PostgresOpen, write: ProgressWrite) -> Result<(), CheckpointError> {
+        self.write_all(open, &[write]).await
     }
 
-    fn save<'a>(
-        &'a self,
-        open: &'a mut PostgresOpen,
-        name: &'a str,
-        from: Checkpoint,
-        to: Checkpoint,
-    ) -> BoxFuture<'a, Result<(), CheckpointError>> {
-        Box::pin(async move { self.save_within(&mut open.0, name, from, to).await })
-    }
-
-    fn commit<'a>(
-        &'a self,
+    async fn commit(
+        &self,
         mut open: PostgresOpen,
-        name: &'a str,
-        from: Checkpoint,
-        to: Checkpoint,
-        parked: Option<ParkedEvent>,
-    ) -> BoxFuture<'a, Result<(), CheckpointError>> {
-        Box::pin(async move {
-            self.save_within(&mut open.0, name, from, to).await?;
-            if let Some(event) = parked {
-                self.shared.progress.park(open.0.connection(), name, &event).await?;
-            }
-            let committed = open.0.commit().await;
-            committed.map_err(|error| failed(&format!("committing a transaction of {name}"), error).into())
-        })
+        writes: Vec<ProgressWrite>,
+    ) -> Result<(), CheckpointError> {
+        self.write_all(&mut open, &writes).await?;
+        let PostgresOpen { transaction, projection } = open;
+        let committed = transaction.commit().await;
+        committed.map_err(|error| failed(&format!("committing a transaction of {projection}"), error).into())
     }
 
-    fn rollback(&self, open: PostgresOpen) -> BoxFuture<'_, Result<(), StoreError>> {
-        Box::pin(async move {
-            open.0.roll_back().await.map_err(|error| failed("rolling a transaction back", error))
-        })
+    async fn rollback(&self, open: PostgresOpen) -> Result<(), StoreError> {
+        open.transaction.roll_back().await.map_err(|error| failed("rolling a transaction back", error))
     }
-
-    fn parked<'a>(
-        &'a self,
-        name: &'a str,
-        limit: usize,
-    ) -> BoxFuture<'a, Result<Vec<ParkedEvent>, StoreError>> {
-        Box::pin(async move {
-            let mut connection = self.connection("reading parked events").await?;
-            let found = self.shared.progress.parked(&mut connection, name, limit).await?;
-            connection.give_back();
-            Ok(found)
-        })
-    }
-
-    fn unpark<'a>(
-        &'a self,
-        open: &'a mut PostgresOpen,
-        name: &'a str,
-        position: Position,
-    ) -> BoxFuture<'a, Result<bool, StoreError>> {
-        Box::pin(async move { self.shared.progress.unpark(open.0.connection(), name, position).await })
-    }
-
-    fn unpark_all<'a>(
-        &'a self,
-        open: &'a mut PostgresOpen,
-        name: &'a str,
-    ) -> BoxFuture<'a, Result<(), StoreError>> {
-        Box::pin(async move { self.shared.progress.unpark_all(open.0.connection(), name).await })
-    }
-
-    fn remove_parked<'a>(
-        &'a self,
-        name: &'a str,
-        position: Position,
-    ) -> BoxFuture<'a, Result<bool, StoreError>> {
-        Box::pin(async move {
-            let mut connection = self.connection("discarding a parked event").await?;
-            let found = self.shared.progress.unpark(&mut connection, name, position).await?;
-            connection.give_back();
-            Ok(found)
-        })
-    }
-}
-
-fn beginning(name: &str) -> String {
-    format!("beginning a transaction of {name}")
 }

@@ -17,12 +17,15 @@ use tokio::sync::{Mutex, OwnedMutexGuard};
 use tokio::time::timeout;
 use uuid::Uuid;
 
-use super::ReadModel;
 use super::error::transaction_ended;
+use super::sealed::Sealed;
+use super::{ProgressRecords, ReadModel};
 use crate::event::Position;
-use crate::store::sqlite::{failed, home, literal_path, may_be_of_transaction, progress};
+use crate::store::sqlite::progress::{self, PROGRESS};
+use crate::store::sqlite::{failed, home, literal_path, may_be_of_transaction};
 use crate::store::{
-    Adoption, BoxFuture, Checkpoint, CheckpointError, CheckpointRecord, EventStore, ParkedEvent, StoreError,
+    Adoption, Checkpoint, CheckpointError, CheckpointKey, EventStore, ParkedEvent, ProgressWrite, Request,
+    StoreError, StoredProgress, StoredProjection, StoredRequest,
 };
 
 /// Maximum wait for transactions of other projections and other processes on the same database.
@@ -77,6 +80,7 @@ struct Shared {
 pub struct SqliteOpen {
     /// Declared before the turn, so that it ends before the next turn begins.
     connection: PoolConnection<Sqlite>,
+    projection: String,
     ended: bool,
     _turn: OwnedMutexGuard<()>,
 }
@@ -85,12 +89,17 @@ impl SqliteOpen {
     /// Checks that the transaction is the one that storied has begun.
     ///
     /// After a `ROLLBACK`, all later writes would commit one by one, the checkpoint included.
-    async fn check(&mut self, name: &str) -> Result<(), StoreError> {
+    async fn check(&mut self) -> Result<(), StoreError> {
         let checked = sqlx::raw_sql(STILL_OPEN).execute(&mut *self.connection).await;
+        let name = &self.projection;
         checked.map(drop).map_err(|error| {
             let missing =
                 error.as_database_error().is_some_and(|error| error.message().contains("no such savepoint"));
-            if missing { transaction_ended(name) } else { failed(&saving(name), error) }
+            if missing {
+                transaction_ended(name)
+            } else {
+                failed(&format!("saving the checkpoint of {name}"), error)
+            }
         })
     }
 
@@ -126,10 +135,6 @@ impl Drop for SqliteOpen {
             self.connection.close_on_drop();
         }
     }
-}
-
-fn saving(name: &str) -> String {
-    format!("saving the checkpoint of {name}")
 }
 
 impl SqliteReadModel {
@@ -204,13 +209,21 @@ impl SqliteReadModel {
         }
     }
 
-    async fn open_transaction(&self, doing: &str) -> Result<SqliteOpen, StoreError> {
-        let turn = self.turn(doing).await?;
-        let connection = self.shared.pool.acquire().await.map_err(|error| failed(doing, error))?;
-        let mut open = SqliteOpen { connection, ended: false, _turn: turn };
-        let begun = Manager::begin(&mut open.connection, Some(BEGIN.into_sql_str())).await;
-        begun.map_err(|error| failed(doing, error))?;
-        Ok(open)
+    async fn connection(&self, doing: &str) -> Result<PoolConnection<Sqlite>, StoreError> {
+        self.shared.pool.acquire().await.map_err(|error| failed(doing, error))
+    }
+
+    async fn write_all(
+        &self,
+        open: &mut SqliteOpen,
+        writes: &[ProgressWrite],
+    ) -> Result<(), CheckpointError> {
+        open.check().await?;
+        let store = self.store()?;
+        for write in writes {
+            PROGRESS.write(&mut *open.connection, store, write).await?;
+        }
+        Ok(())
     }
 }
 
@@ -219,6 +232,8 @@ impl fmt::Debug for SqliteReadModel {
         f.debug_struct("SqliteReadModel").field("store", &self.shared.store.get()).finish_non_exhaustive()
     }
 }
+
+impl Sealed for SqliteReadModel {}
 
 impl ReadModel for SqliteReadModel {
     type Transaction = SqliteConnection;
@@ -236,172 +251,127 @@ impl ReadModel for SqliteReadModel {
         may_be_of_transaction(error)
     }
 
-    fn prepare<'a>(
-        &'a self,
-        store: &'a Arc<dyn EventStore>,
-        _name: &'a str,
-    ) -> BoxFuture<'a, Result<(), StoreError>> {
-        Box::pin(async move {
-            let id = *self.shared.store.get_or_init(|| store.info().id);
-            if id != store.info().id {
-                let reason = "preparing a SqliteReadModel failed: already in use for another event store; open one per store".into();
-                return Err(StoreError::Invalid { reason });
+    async fn prepare(&self, store: &Arc<dyn EventStore>) -> Result<(), StoreError> {
+        let id = *self.shared.store.get_or_init(|| store.info().id);
+        if id != store.info().id {
+            let reason = "preparing a SqliteReadModel failed: already in use for another event store; open one per store".into();
+            return Err(StoreError::Invalid { reason });
+        }
+        let doing = "preparing the read model's database";
+        // One at a time: concurrent migrations would fail each other.
+        let _turn = self.turn(doing).await?;
+        if self.shared.migrated.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        let mut connection = self.shared.pool.acquire().await.map_err(|error| failed(doing, error))?;
+        // I6: a copy with the configuration of its original would write into the original's
+        // read models.
+        if let Adoption::Unadopted { found, .. } = &store.info().adoption {
+            let file: String =
+                sqlx::query_scalar("SELECT file FROM pragma_database_list WHERE name = 'main'")
+                    .fetch_one(&mut *connection)
+                    .await
+                    .map_err(|error| failed(doing, error))?;
+            // An in-memory database has no file and belongs to this process only.
+            let home = if file.is_empty() { None } else { Some(home(Path::new(&file))?) };
+            if let Some(home) = home.filter(|home| home.identity != found.identity) {
+                return Err(store.info().adoption.refuses(&home));
             }
-            let doing = "preparing the read model's database";
-            // One at a time: concurrent migrations would fail each other.
-            let _turn = self.turn(doing).await?;
-            if self.shared.migrated.load(Ordering::Acquire) {
-                return Ok(());
-            }
-            let mut connection = self.shared.pool.acquire().await.map_err(|error| failed(doing, error))?;
-            // I6: a copy with the configuration of its original would write into the original's
-            // read models.
-            if let Adoption::Unadopted { found, .. } = &store.info().adoption {
-                let file: String =
-                    sqlx::query_scalar("SELECT file FROM pragma_database_list WHERE name = 'main'")
-                        .fetch_one(&mut *connection)
-                        .await
-                        .map_err(|error| failed(doing, error))?;
-                // An in-memory database has no file and belongs to this process only.
-                let home = if file.is_empty() { None } else { Some(home(Path::new(&file))?) };
-                if let Some(home) = home.filter(|home| home.identity != found.identity) {
-                    return Err(store.info().adoption.refuses(&home));
-                }
-            }
-            if let Err(error) = progress::migrate(&mut connection).await {
-                // Its transaction may still count as open.
-                connection.close_on_drop();
-                return Err(error);
-            }
-            self.shared.migrated.store(true, Ordering::Release);
-            Ok(())
-        })
+        }
+        if let Err(error) = progress::migrate(&mut connection).await {
+            // Its transaction may still count as open.
+            connection.close_on_drop();
+            return Err(error);
+        }
+        self.shared.migrated.store(true, Ordering::Release);
+        Ok(())
     }
 
-    fn checkpoint<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<Checkpoint, StoreError>> {
-        Box::pin(async move {
-            let connection = self.shared.pool.acquire().await;
-            let mut connection = connection.map_err(|error| failed("reading a checkpoint", error))?;
-            progress::checkpoint(&mut connection, name, self.store()?).await
-        })
+    async fn projection(&self, name: &str) -> Result<StoredProjection, StoreError> {
+        let mut connection = self.connection("reading a projection").await?;
+        PROGRESS.projection(&mut *connection, name, Some(self.store()?)).await
     }
 
-    fn records(&self) -> BoxFuture<'_, Result<Vec<CheckpointRecord>, StoreError>> {
-        Box::pin(async move {
-            let connection = self.shared.pool.acquire().await;
-            let mut connection = connection.map_err(|error| failed("reading the checkpoints", error))?;
-            progress::records(&mut connection).await
-        })
+    async fn projection_of_any_store(&self, name: &str) -> Result<StoredProjection, StoreError> {
+        let mut connection = self.connection("reading a projection").await?;
+        PROGRESS.projection(&mut *connection, name, None).await
     }
 
-    fn begin<'a>(
-        &'a self,
-        name: &'a str,
+    async fn checkpoint(&self, key: &CheckpointKey) -> Result<Checkpoint, StoreError> {
+        let mut connection = self.connection("reading a checkpoint").await?;
+        PROGRESS.checkpoint(&mut *connection, key, self.store()?).await
+    }
+
+    async fn parked(
+        &self,
+        key: &CheckpointKey,
+        from: Position,
+        limit: usize,
+    ) -> Result<Vec<ParkedEvent>, StoreError> {
+        let mut connection = self.connection("reading parked events").await?;
+        PROGRESS.parked(&mut *connection, key, from, limit).await
+    }
+
+    async fn requests(
+        &self,
+        projection: &str,
+        from: Request,
+        limit: usize,
+    ) -> Result<Vec<StoredRequest>, StoreError> {
+        let mut connection = self.connection("reading requests").await?;
+        PROGRESS.requests(&mut *connection, projection, from, limit).await
+    }
+
+    async fn records(&self) -> Result<ProgressRecords, StoreError> {
+        let mut connection = self.connection("reading the checkpoints").await?;
+        let projections = PROGRESS.projections(&mut *connection).await?;
+        Ok(ProgressRecords { projections, checkpoints: PROGRESS.records(&mut *connection).await? })
+    }
+
+    async fn begin(
+        &self,
+        projection: &str,
         _from: Checkpoint,
-    ) -> BoxFuture<'a, Result<SqliteOpen, StoreError>> {
-        Box::pin(async move { self.open_transaction(&format!("beginning a transaction of {name}")).await })
+        _limit: Option<Duration>,
+    ) -> Result<SqliteOpen, StoreError> {
+        let (doing, projection) = (format!("beginning a transaction of {projection}"), projection.to_owned());
+        let turn = self.turn(&doing).await?;
+        let connection = self.connection(&doing).await?;
+        let mut open = SqliteOpen { connection, projection, ended: false, _turn: turn };
+        let begun = Manager::begin(&mut open.connection, Some(BEGIN.into_sql_str())).await;
+        begun.map_err(|error| failed(&doing, error))?;
+        Ok(open)
     }
 
     fn transaction<'a>(&self, open: &'a mut SqliteOpen) -> &'a mut SqliteConnection {
         &mut open.connection
     }
 
-    fn adopt<'a>(
-        &'a self,
-        open: &'a mut SqliteOpen,
-        name: &'a str,
-    ) -> BoxFuture<'a, Result<Checkpoint, StoreError>> {
-        Box::pin(async move { progress::adopt(&mut open.connection, name, self.store()?).await })
+    async fn adopt(&self, open: &mut SqliteOpen, projection: &str) -> Result<StoredProgress, StoreError> {
+        PROGRESS.adopt(&mut *open.connection, projection, self.store()?).await
     }
 
-    fn save<'a>(
-        &'a self,
-        open: &'a mut SqliteOpen,
-        name: &'a str,
-        from: Checkpoint,
-        to: Checkpoint,
-    ) -> BoxFuture<'a, Result<(), CheckpointError>> {
-        Box::pin(async move {
-            open.check(name).await?;
-            progress::save(&mut open.connection, name, self.store()?, from, to).await
-        })
+    async fn write(&self, open: &mut SqliteOpen, write: ProgressWrite) -> Result<(), CheckpointError> {
+        self.write_all(open, &[write]).await
     }
 
-    fn commit<'a>(
-        &'a self,
-        mut open: SqliteOpen,
-        name: &'a str,
-        from: Checkpoint,
-        to: Checkpoint,
-        parked: Option<ParkedEvent>,
-    ) -> BoxFuture<'a, Result<(), CheckpointError>> {
-        Box::pin(async move {
-            let committed = async {
-                open.check(name).await?;
-                progress::save(&mut open.connection, name, self.store()?, from, to).await?;
-                if let Some(event) = parked {
-                    progress::park(&mut open.connection, name, &event).await?;
-                }
-                let committed = open.commit().await;
-                committed
-                    .map_err(|error| failed(&format!("committing a transaction of {name}"), error).into())
-            };
-            let committed = committed.await;
-            if committed.is_err() {
-                open.roll_back().await;
-            }
-            committed
-        })
-    }
-
-    fn rollback(&self, open: SqliteOpen) -> BoxFuture<'_, Result<(), StoreError>> {
-        Box::pin(async move {
-            // Closing the connection rolls back as well.
+    async fn commit(&self, mut open: SqliteOpen, writes: Vec<ProgressWrite>) -> Result<(), CheckpointError> {
+        let committed = async {
+            self.write_all(&mut open, &writes).await?;
+            let committed = open.commit().await;
+            let doing = || format!("committing a transaction of {}", open.projection);
+            committed.map_err(|error| failed(&doing(), error).into())
+        };
+        let committed = committed.await;
+        if committed.is_err() {
             open.roll_back().await;
-            Ok(())
-        })
+        }
+        committed
     }
 
-    fn parked<'a>(
-        &'a self,
-        name: &'a str,
-        limit: usize,
-    ) -> BoxFuture<'a, Result<Vec<ParkedEvent>, StoreError>> {
-        Box::pin(async move {
-            let connection = self.shared.pool.acquire().await;
-            let mut connection = connection.map_err(|error| failed("reading parked events", error))?;
-            progress::parked(&mut connection, name, limit).await
-        })
-    }
-
-    fn unpark<'a>(
-        &'a self,
-        open: &'a mut SqliteOpen,
-        name: &'a str,
-        position: Position,
-    ) -> BoxFuture<'a, Result<bool, StoreError>> {
-        Box::pin(async move { progress::unpark(&mut open.connection, name, position).await })
-    }
-
-    fn unpark_all<'a>(
-        &'a self,
-        open: &'a mut SqliteOpen,
-        name: &'a str,
-    ) -> BoxFuture<'a, Result<(), StoreError>> {
-        Box::pin(async move { progress::unpark_all(&mut open.connection, name).await })
-    }
-
-    fn remove_parked<'a>(
-        &'a self,
-        name: &'a str,
-        position: Position,
-    ) -> BoxFuture<'a, Result<bool, StoreError>> {
-        Box::pin(async move {
-            let doing = format!("discarding a parked event of {name}");
-            let mut open = self.open_transaction(&doing).await?;
-            let removed = progress::unpark(&mut open.connection, name, position).await?;
-            open.commit().await.map_err(|error| failed(&doing, error))?;
-            Ok(removed)
-        })
+    async fn rollback(&self, open: SqliteOpen) -> Result<(), StoreError> {
+        // Closing the connection rolls back as well.
+        open.roll_back().await;
+        Ok(())
     }
 }

@@ -6,9 +6,11 @@ use std::sync::Arc;
 
 use super::ReadModel;
 use super::interruption::Interruption;
-use super::layout::Layout;
+use super::layout::{ATTEMPTS, contended};
 use crate::event::Position;
-use crate::store::{Checkpoint, CheckpointError, EventStore, Filter, ReadLog, StoreError};
+use crate::store::{
+    Checkpoint, CheckpointError, EventStore, Filter, ProgressWrite, ReadLog, StoreError, StoredProjection,
+};
 
 /// Maximum time by which a later event in log order may carry an earlier recorded time.
 const SKEW: chrono::Duration = chrono::Duration::hours(1);
@@ -84,34 +86,35 @@ pub(crate) async fn record_start(
         Some(_) => return Ok(true),
         None => (head == Position::START).then_some(head),
     };
-    let layout = Layout::single(projection);
-    read_model.prepare(store, &layout.row(None, 0)).await?;
-    let record = layout.start();
-    let known = read_model.checkpoint(&record).await?;
+    read_model.prepare(store).await?;
+    let known = read_model.projection(projection).await?;
     match floor {
-        Some(floor) if known.mark == 0 => record_floor(read_model, &record, known, floor).await.map(|_| true),
-        _ => Ok(known.mark > 0),
+        Some(floor) => record_floor(read_model, projection, known, floor).await.map(|_| true),
+        None => Ok(known.start_position.is_some()),
     }
 }
 
 /// Records a start position; if another task or node was faster, its position counts.
 pub(super) async fn record_floor(
     read_model: &impl ReadModel,
-    record: &str,
-    known: Checkpoint,
+    projection: &str,
+    mut known: StoredProjection,
     floor: Position,
 ) -> Result<Position, StoreError> {
-    let open = read_model.begin(record, known).await?;
-    match read_model.commit(open, record, known, recorded(known, floor), None).await {
-        Ok(()) => Ok(floor),
-        Err(CheckpointError::Stale { found, .. }) => Ok(found.position),
-        Err(CheckpointError::Store(error)) => Err(error),
+    for _ in 0..ATTEMPTS {
+        if let Some(recorded) = known.start_position {
+            return Ok(recorded);
+        }
+        let open = read_model.begin(projection, Checkpoint::default(), None).await?;
+        let to = StoredProjection { start_position: Some(floor), ..known };
+        let write = ProgressWrite::Projection { name: projection.to_owned(), from: known, to };
+        match read_model.commit(open, vec![write]).await {
+            Ok(()) => return Ok(floor),
+            Err(CheckpointError::Store(error)) => return Err(error),
+            Err(_) => known = read_model.projection(projection).await?,
+        }
     }
-}
-
-/// Encodes the record of a start position.
-pub(super) fn recorded(found: Checkpoint, floor: Position) -> Checkpoint {
-    Checkpoint { position: floor, mark: 1, ..found }
+    Err(contended(projection))
 }
 
 fn before(position: Position) -> Position {

@@ -108,8 +108,8 @@ pub struct ProjectionStatus {
     pub(super) dormant: bool,
     /// Whether the checkpoint was read, so that the position is valid.
     pub(super) located: bool,
-    /// Mark of that checkpoint: another one in the read model means that it was reset since.
-    pub(super) mark: u64,
+    /// Generation of that checkpoint: another one in the read model means that it was reset since.
+    pub(super) generation: u64,
     /// Start time and start position of the speed measurement on this node.
     pub(super) measured: Option<(Instant, Position)>,
 }
@@ -149,7 +149,7 @@ impl ProjectionStatus {
             version: all().map(|status| status.version).max().unwrap_or(0),
             dormant: all().all(|status| status.dormant),
             located: all().all(|status| status.located),
-            mark: 0,
+            generation: 0,
             measured: None,
             partitions,
         }
@@ -172,7 +172,7 @@ impl ProjectionStatus {
             version: 0,
             dormant: false,
             located: false,
-            mark: 0,
+            generation: 0,
             measured: None,
         }
     }

@@ -7,10 +7,12 @@ use std::time::Duration;
 
 use tokio::time::timeout;
 
-use super::{ReadModel, Snapshots};
+use super::sealed::Sealed;
+use super::{ProgressRecords, ReadModel, Snapshots};
 use crate::event::Position;
 use crate::store::{
-    BoxFuture, Checkpoint, CheckpointError, CheckpointRecord, EventStore, ParkedEvent, StoreError,
+    Checkpoint, CheckpointError, CheckpointKey, EventStore, ParkedEvent, ProgressWrite, Request, StoreError,
+    StoredProgress, StoredProjection, StoredRequest,
 };
 
 /// A read model with calls that fail after the limit.
@@ -19,22 +21,22 @@ use crate::store::{
 /// the user's code between the calls.
 pub(super) struct TimeLimited<R> {
     inner: R,
+    projection: String,
     limit: Duration,
 }
 
 impl<R: ReadModel> TimeLimited<R> {
-    pub(super) fn new(inner: R, limit: Duration) -> Self {
-        Self { inner, limit }
+    pub(super) fn new(inner: R, projection: String, limit: Duration) -> Self {
+        Self { inner, projection, limit }
     }
 
     async fn limited<T, E: Failure>(
         &self,
         call: impl Future<Output = Result<T, E>>,
         doing: &str,
-        name: &str,
     ) -> Result<T, E> {
         let called = timeout(self.limit, call).await;
-        let called = called.unwrap_or_else(|_| Err(overrun(self.limit, doing, name).into()));
+        let called = called.unwrap_or_else(|_| Err(overrun(self.limit, doing, &self.projection).into()));
         // Only a database has transactions that can be rolled back: other read models keep their
         // checkpoints in the event store.
         if self.inner.rolls_back() { called.map_err(Failure::of_read_model) } else { called }
@@ -57,7 +59,7 @@ impl Failure for CheckpointError {
     fn of_read_model(self) -> Self {
         match self {
             Self::Store(error) => Self::Store(error.of_read_model()),
-            stale @ Self::Stale { .. } => stale,
+            other => other,
         }
     }
 }
@@ -69,6 +71,8 @@ fn overrun(limit: Duration, doing: &str, name: &str) -> StoreError {
     );
     StoreError::Unavailable { reason, source: None }
 }
+
+impl<R> Sealed for TimeLimited<R> {}
 
 impl<R: ReadModel> ReadModel for TimeLimited<R> {
     type Transaction = R::Transaction;
@@ -82,10 +86,6 @@ impl<R: ReadModel> ReadModel for TimeLimited<R> {
         self.inner.rolls_back()
     }
 
-    fn is_outage(&self, error: &(dyn Error + 'static)) -> bool {
-        self.inner.is_outage(error)
-    }
-
     fn may_be_of_event(&self, error: &(dyn Error + 'static)) -> bool {
         self.inner.may_be_of_event(error)
     }
@@ -94,111 +94,70 @@ impl<R: ReadModel> ReadModel for TimeLimited<R> {
         self.inner.snapshots()
     }
 
-    fn prepare<'a>(
-        &'a self,
-        store: &'a Arc<dyn EventStore>,
-        name: &'a str,
-    ) -> BoxFuture<'a, Result<(), StoreError>> {
-        Box::pin(self.limited(self.inner.prepare(store, name), "preparing the read model", name))
+    async fn prepare(&self, store: &Arc<dyn EventStore>) -> Result<(), StoreError> {
+        self.limited(self.inner.prepare(store), "preparing the read model").await
     }
 
-    fn checkpoint<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<Checkpoint, StoreError>> {
-        Box::pin(self.limited(self.inner.checkpoint(name), "reading the checkpoint", name))
+    async fn projection(&self, name: &str) -> Result<StoredProjection, StoreError> {
+        self.limited(self.inner.projection(name), "reading the versions").await
     }
 
-    fn records(&self) -> BoxFuture<'_, Result<Vec<CheckpointRecord>, StoreError>> {
-        Box::pin(self.limited(self.inner.records(), "reading the checkpoints", "all projections"))
+    async fn projection_of_any_store(&self, name: &str) -> Result<StoredProjection, StoreError> {
+        self.limited(self.inner.projection_of_any_store(name), "reading the versions").await
     }
 
-    fn begin<'a>(&'a self, name: &'a str, from: Checkpoint) -> BoxFuture<'a, Result<R::Open, StoreError>> {
-        Box::pin(self.limited(self.inner.begin(name, from), "beginning a transaction", name))
+    async fn checkpoint(&self, key: &CheckpointKey) -> Result<Checkpoint, StoreError> {
+        self.limited(self.inner.checkpoint(key), "reading the checkpoint").await
     }
 
-    fn begin_within<'a>(
-        &'a self,
-        name: &'a str,
+    async fn parked(
+        &self,
+        key: &CheckpointKey,
+        from: Position,
+        limit: usize,
+    ) -> Result<Vec<ParkedEvent>, StoreError> {
+        self.limited(self.inner.parked(key, from, limit), "reading parked events").await
+    }
+
+    async fn requests(
+        &self,
+        projection: &str,
+        from: Request,
+        limit: usize,
+    ) -> Result<Vec<StoredRequest>, StoreError> {
+        self.limited(self.inner.requests(projection, from, limit), "reading requests").await
+    }
+
+    async fn records(&self) -> Result<ProgressRecords, StoreError> {
+        self.limited(self.inner.records(), "reading the checkpoints").await
+    }
+
+    async fn begin(
+        &self,
+        projection: &str,
         from: Checkpoint,
-        limit: Duration,
-    ) -> BoxFuture<'a, Result<R::Open, StoreError>> {
-        Box::pin(self.limited(self.inner.begin_within(name, from, limit), "beginning a transaction", name))
+        limit: Option<Duration>,
+    ) -> Result<R::Open, StoreError> {
+        self.limited(self.inner.begin(projection, from, limit), "beginning a transaction").await
     }
 
     fn transaction<'a>(&self, open: &'a mut R::Open) -> &'a mut R::Transaction {
         self.inner.transaction(open)
     }
 
-    fn bound<'a>(&'a self, open: &'a mut R::Open, limit: Duration) -> BoxFuture<'a, Result<(), StoreError>> {
-        Box::pin(self.limited(
-            self.inner.bound(open, limit),
-            "limiting the time of a transaction",
-            "a projection",
-        ))
+    async fn adopt(&self, open: &mut R::Open, projection: &str) -> Result<StoredProgress, StoreError> {
+        self.limited(self.inner.adopt(open, projection), "reading the progress").await
     }
 
-    fn adopt<'a>(
-        &'a self,
-        open: &'a mut R::Open,
-        name: &'a str,
-    ) -> BoxFuture<'a, Result<Checkpoint, StoreError>> {
-        Box::pin(self.limited(self.inner.adopt(open, name), "reading the checkpoint", name))
+    async fn write(&self, open: &mut R::Open, write: ProgressWrite) -> Result<(), CheckpointError> {
+        self.limited(self.inner.write(open, write), "writing the progress").await
     }
 
-    fn save<'a>(
-        &'a self,
-        open: &'a mut R::Open,
-        name: &'a str,
-        from: Checkpoint,
-        to: Checkpoint,
-    ) -> BoxFuture<'a, Result<(), CheckpointError>> {
-        Box::pin(self.limited(self.inner.save(open, name, from, to), "saving the checkpoint", name))
+    async fn commit(&self, open: R::Open, writes: Vec<ProgressWrite>) -> Result<(), CheckpointError> {
+        self.limited(self.inner.commit(open, writes), "committing a transaction").await
     }
 
-    fn commit<'a>(
-        &'a self,
-        open: R::Open,
-        name: &'a str,
-        from: Checkpoint,
-        to: Checkpoint,
-        parked: Option<ParkedEvent>,
-    ) -> BoxFuture<'a, Result<(), CheckpointError>> {
-        let commit = self.inner.commit(open, name, from, to, parked);
-        Box::pin(self.limited(commit, "committing a transaction", name))
-    }
-
-    fn rollback(&self, open: R::Open) -> BoxFuture<'_, Result<(), StoreError>> {
-        Box::pin(self.limited(self.inner.rollback(open), "rolling a transaction back", "a projection"))
-    }
-
-    fn parked<'a>(
-        &'a self,
-        name: &'a str,
-        limit: usize,
-    ) -> BoxFuture<'a, Result<Vec<ParkedEvent>, StoreError>> {
-        Box::pin(self.limited(self.inner.parked(name, limit), "reading parked events", name))
-    }
-
-    fn unpark<'a>(
-        &'a self,
-        open: &'a mut R::Open,
-        name: &'a str,
-        position: Position,
-    ) -> BoxFuture<'a, Result<bool, StoreError>> {
-        Box::pin(self.limited(self.inner.unpark(open, name, position), "removing a parked event", name))
-    }
-
-    fn unpark_all<'a>(
-        &'a self,
-        open: &'a mut R::Open,
-        name: &'a str,
-    ) -> BoxFuture<'a, Result<(), StoreError>> {
-        Box::pin(self.limited(self.inner.unpark_all(open, name), "removing parked events", name))
-    }
-
-    fn remove_parked<'a>(
-        &'a self,
-        name: &'a str,
-        position: Position,
-    ) -> BoxFuture<'a, Result<bool, StoreError>> {
-        Box::pin(self.limited(self.inner.remove_parked(name, position), "removing a parked event", name))
+    async fn rollback(&self, open: R::Open) -> Result<(), StoreError> {
+        self.limited(self.inner.rollback(open), "rolling a transaction back").await
     }
 }

@@ -25,7 +25,7 @@ use crate::event::Position;
 use crate::feed::Feed;
 use crate::lease::{HeldLease, LeaseRenewer, Renewals};
 use crate::rate_limit::LogLimit;
-use crate::store::{BoxFuture, Checkpoint, EventStore, LeaseInfo};
+use crate::store::{BoxFuture, EventStore, LeaseInfo, PublisherCheckpoint};
 use crate::supervised::{Inbox, Work};
 use crate::telemetry::Metrics;
 
@@ -95,7 +95,7 @@ async fn run(shared: Arc<Shared>, mut inbox: Inbox<()>) {
             shared: &shared,
             lease,
             epoch: 0,
-            saved: Checkpoint::default(),
+            saved: PublisherCheckpoint::default(),
             end: LogStreamEnd::default(),
             save_at: Instant::now(),
             beat_at: Instant::now(),

@@ -1,6 +1,6 @@
 //! The port that every back end implements.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use tokio::sync::watch;
@@ -10,12 +10,16 @@ use super::adoption::Adopt;
 use super::append::{Append, AppendError, Appended};
 use super::command_events::CommandEvents;
 use super::command_record::CommandRecord;
+use super::control::{ControlChange, ProjectionControl, PublisherCheckpoint};
 use super::error::StoreError;
 use super::high_water_stall::HighWaterStall;
 use super::info::StoreInfo;
 use super::lease::{Lease, LeaseInfo};
 use super::log_page::{LogPage, ReadLog};
-use super::progress::{Checkpoint, CheckpointError, ParkedEvent};
+use super::progress::{
+    Checkpoint, CheckpointError, CheckpointKey, ParkedEvent, ProgressWrite, StoredProjection,
+};
+use super::request::{Request, StoredRequest};
 use super::snapshot::Snapshot;
 use crate::event::{Position, RecordedEvent, StreamId, Version};
 use crate::future::BoxFuture;
@@ -102,39 +106,58 @@ pub trait EventStore: Send + Sync + 'static {
     /// processes should show here soon, but need not: readers also poll, once a second.
     fn appended(&self) -> watch::Receiver<Position>;
 
-    /// Loads the checkpoint of `name`; the default checkpoint if none was saved.
-    fn checkpoint<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<Checkpoint, StoreError>>;
+    /// Loads the layout, the versions and the start position of a projection's read model.
+    fn projection<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<StoredProjection, StoreError>>;
 
-    /// Moves the checkpoint of `name` from exactly `from` to `to`.
-    ///
-    /// Parks the event of `parked`, if given, in the same transaction.
-    fn save_checkpoint<'a>(
+    /// Loads a checkpoint; the default one if none was saved.
+    fn checkpoint<'a>(&'a self, key: &'a CheckpointKey) -> BoxFuture<'a, Result<Checkpoint, StoreError>>;
+
+    /// Loads all checkpoints of a projection, also those of earlier versions and layouts.
+    fn checkpoints<'a>(
         &'a self,
-        name: &'a str,
-        from: Checkpoint,
-        to: Checkpoint,
-        parked: Option<ParkedEvent>,
-    ) -> BoxFuture<'a, Result<(), CheckpointError>>;
+        projection: &'a str,
+    ) -> BoxFuture<'a, Result<Vec<(CheckpointKey, Checkpoint)>, StoreError>>;
 
-    /// Returns the parked events of `name`, oldest first, at most `limit`.
+    /// Makes all writes in one transaction, or none.
+    fn write_progress(&self, writes: Vec<ProgressWrite>) -> BoxFuture<'_, Result<(), CheckpointError>>;
+
+    /// Returns parked events from a position on, oldest first, at most `limit`.
     fn parked<'a>(
         &'a self,
-        name: &'a str,
+        key: &'a CheckpointKey,
+        from: Position,
         limit: usize,
     ) -> BoxFuture<'a, Result<Vec<ParkedEvent>, StoreError>>;
 
-    /// Removes a parked event; returns whether there was one.
-    fn remove_parked<'a>(
+    /// Returns the requests to a projection from `from` on, at most `limit`.
+    fn requests<'a>(
         &'a self,
-        name: &'a str,
-        position: Position,
-    ) -> BoxFuture<'a, Result<bool, StoreError>>;
+        projection: &'a str,
+        from: Request,
+        limit: usize,
+    ) -> BoxFuture<'a, Result<Vec<StoredRequest>, StoreError>>;
 
-    /// Returns the names of the projections that are paused on every node.
-    fn paused(&self) -> BoxFuture<'_, Result<BTreeSet<String>, StoreError>>;
+    /// Returns what operators control, by projection.
+    fn controls(&self) -> BoxFuture<'_, Result<BTreeMap<String, ProjectionControl>, StoreError>>;
 
-    /// Pauses or resumes the projection `name` on every node.
-    fn set_paused<'a>(&'a self, name: &'a str, paused: bool) -> BoxFuture<'a, Result<(), StoreError>>;
+    /// Changes what operators control of a projection; returns the result.
+    fn control<'a>(
+        &'a self,
+        projection: &'a str,
+        change: ControlChange,
+    ) -> BoxFuture<'a, Result<ProjectionControl, StoreError>>;
+
+    /// Loads the checkpoint of the publisher; the default one if none was saved.
+    fn publisher_checkpoint(&self) -> BoxFuture<'_, Result<PublisherCheckpoint, StoreError>>;
+
+    /// Moves the checkpoint of the publisher from exactly `from` to `to`.
+    ///
+    /// Returns whether it was there. If not, or if the epoch of `to` is lower, the caller is fenced.
+    fn save_publisher_checkpoint(
+        &self,
+        from: PublisherCheckpoint,
+        to: PublisherCheckpoint,
+    ) -> BoxFuture<'_, Result<bool, StoreError>>;
 
     /// Acquires the lease `name` for `owner`; returns `None` if another owner holds it.
     ///

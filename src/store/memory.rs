@@ -1,6 +1,6 @@
 //! The in-memory event store: for tests, and the simplest reference for all back ends.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -9,11 +9,14 @@ use tokio::sync::watch;
 use uuid::Uuid;
 
 use super::append::{SizeLimits, append_valid};
+use super::memory_progress::MemoryProgress;
 use super::page_size::PageSizer;
 use super::version_check::StreamVersions;
 use super::{
-    Append, AppendError, Appended, BoxFuture, Checkpoint, CheckpointError, CommandEvents, CommandRecord,
-    EventStore, Lease, LeaseInfo, LogPage, ParkedEvent, ReadLog, Snapshot, StoreError, StoreInfo,
+    Append, AppendError, Appended, BoxFuture, Checkpoint, CheckpointError, CheckpointKey, CommandEvents,
+    CommandRecord, ControlChange, EventStore, Lease, LeaseInfo, LogPage, ParkedEvent, ProgressWrite,
+    ProjectionControl, PublisherCheckpoint, ReadLog, Request, Snapshot, StoreError, StoreInfo,
+    StoredProjection, StoredRequest,
 };
 use crate::codec::Codec;
 use crate::event::{Position, RecordedEvent, StreamId, Version};
@@ -40,9 +43,9 @@ struct Data {
     events: Vec<RecordedEvent>,
     /// Indexes into the log; the version of an event is its index + 1.
     streams: HashMap<StreamId, Vec<usize>>,
-    checkpoints: HashMap<String, Checkpoint>,
-    parked: HashMap<String, BTreeMap<Position, ParkedEvent>>,
-    paused: BTreeSet<String>,
+    progress: MemoryProgress,
+    controls: BTreeMap<String, ProjectionControl>,
+    publisher: PublisherCheckpoint,
     leases: BTreeMap<String, LeaseInfo>,
     snapshots: HashMap<StreamId, Snapshot>,
     commands: HashMap<Uuid, CommandRecord>,
@@ -145,24 +148,6 @@ impl Data {
             }
         }
         page
-    }
-
-    fn save_checkpoint(
-        &mut self,
-        name: &str,
-        expected: Checkpoint,
-        to: Checkpoint,
-        parked: Option<ParkedEvent>,
-    ) -> Result<(), CheckpointError> {
-        let found = self.checkpoints.get(name).copied().unwrap_or_default();
-        if found != expected || to.epoch < found.epoch {
-            return Err(CheckpointError::Stale { name: name.to_owned(), expected, found });
-        }
-        self.checkpoints.insert(name.to_owned(), to);
-        if let Some(event) = parked {
-            self.parked.entry(name.to_owned()).or_default().insert(event.position, event);
-        }
-        Ok(())
     }
 
     fn acquire_lease(&mut self, name: &str, owner: Uuid, ttl: Duration) -> Option<Lease> {
@@ -271,59 +256,76 @@ impl EventStore for MemoryStore {
         self.shared.appended.subscribe()
     }
 
-    fn checkpoint<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<Checkpoint, StoreError>> {
-        Box::pin(async move { Ok(self.data().checkpoints.get(name).copied().unwrap_or_default()) })
+    fn projection<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<StoredProjection, StoreError>> {
+        Box::pin(async move { Ok(self.data().progress.projection(name)) })
     }
 
-    fn save_checkpoint<'a>(
+    fn checkpoint<'a>(&'a self, key: &'a CheckpointKey) -> BoxFuture<'a, Result<Checkpoint, StoreError>> {
+        Box::pin(async move { Ok(self.data().progress.checkpoint(key)) })
+    }
+
+    fn checkpoints<'a>(
         &'a self,
-        name: &'a str,
-        from: Checkpoint,
-        to: Checkpoint,
-        parked: Option<ParkedEvent>,
-    ) -> BoxFuture<'a, Result<(), CheckpointError>> {
-        Box::pin(async move { self.data().save_checkpoint(name, from, to, parked) })
+        projection: &'a str,
+    ) -> BoxFuture<'a, Result<Vec<(CheckpointKey, Checkpoint)>, StoreError>> {
+        Box::pin(async move { Ok(self.data().progress.checkpoints(projection)) })
+    }
+
+    fn write_progress(&self, writes: Vec<ProgressWrite>) -> BoxFuture<'_, Result<(), CheckpointError>> {
+        Box::pin(async move { self.data().progress.write(writes) })
     }
 
     fn parked<'a>(
         &'a self,
-        name: &'a str,
+        key: &'a CheckpointKey,
+        from: Position,
         limit: usize,
     ) -> BoxFuture<'a, Result<Vec<ParkedEvent>, StoreError>> {
-        Box::pin(async move {
-            let data = self.data();
-            Ok(data
-                .parked
-                .get(name)
-                .map(|parked| parked.values().take(limit).cloned().collect())
-                .unwrap_or_default())
-        })
+        Box::pin(async move { Ok(self.data().progress.parked(key, from, limit)) })
     }
 
-    fn remove_parked<'a>(
+    fn requests<'a>(
         &'a self,
-        name: &'a str,
-        position: Position,
-    ) -> BoxFuture<'a, Result<bool, StoreError>> {
+        projection: &'a str,
+        from: Request,
+        limit: usize,
+    ) -> BoxFuture<'a, Result<Vec<StoredRequest>, StoreError>> {
+        Box::pin(async move { Ok(self.data().progress.requests(projection, from, limit)) })
+    }
+
+    fn controls(&self) -> BoxFuture<'_, Result<BTreeMap<String, ProjectionControl>, StoreError>> {
+        Box::pin(async move { Ok(self.data().controls.clone()) })
+    }
+
+    fn control<'a>(
+        &'a self,
+        projection: &'a str,
+        change: ControlChange,
+    ) -> BoxFuture<'a, Result<ProjectionControl, StoreError>> {
         Box::pin(async move {
             let mut data = self.data();
-            Ok(data.parked.get_mut(name).is_some_and(|parked| parked.remove(&position).is_some()))
+            let control = data.controls.entry(projection.to_owned()).or_default();
+            change.apply(control);
+            Ok(*control)
         })
     }
 
-    fn paused(&self) -> BoxFuture<'_, Result<BTreeSet<String>, StoreError>> {
-        Box::pin(async move { Ok(self.data().paused.clone()) })
+    fn publisher_checkpoint(&self) -> BoxFuture<'_, Result<PublisherCheckpoint, StoreError>> {
+        Box::pin(async move { Ok(self.data().publisher) })
     }
 
-    fn set_paused<'a>(&'a self, name: &'a str, paused: bool) -> BoxFuture<'a, Result<(), StoreError>> {
+    fn save_publisher_checkpoint(
+        &self,
+        from: PublisherCheckpoint,
+        to: PublisherCheckpoint,
+    ) -> BoxFuture<'_, Result<bool, StoreError>> {
         Box::pin(async move {
             let mut data = self.data();
-            if paused {
-                data.paused.insert(name.to_owned());
-            } else {
-                data.paused.remove(name);
+            let moved = data.publisher == from && to.epoch >= from.epoch;
+            if moved {
+                data.publisher = to;
             }
-            Ok(())
+            Ok(moved)
         })
     }
 

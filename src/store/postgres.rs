@@ -20,6 +20,7 @@ mod command_batchers;
 mod commands;
 mod commit_recovery;
 mod connection;
+mod control;
 mod convert;
 mod detach_on_drop;
 mod durability;
@@ -30,8 +31,7 @@ mod leases;
 mod notices;
 mod notify;
 mod options;
-mod pauses;
-mod progress;
+pub(crate) mod progress;
 mod read;
 mod request_batcher;
 mod schema;
@@ -42,7 +42,7 @@ mod tail_cache;
 mod tailer;
 mod transaction_pool;
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::fmt;
 use std::future::Future;
 use std::panic::AssertUnwindSafe;
@@ -61,14 +61,14 @@ pub(crate) use self::error::{failed, is_outage, may_be_of_transaction};
 use self::inner::PgInner;
 use self::notify::Hints;
 pub use self::options::PostgresOptions;
-pub(crate) use self::progress::Progress;
 pub(crate) use self::schema::{database_of, prepare_read_model};
 pub(crate) use self::statements::Schema;
 pub(crate) use self::transaction_pool::{BorrowedTransaction, TransactionPool};
 use super::{
-    Adopt, Append, AppendError, Appended, BoxFuture, Checkpoint, CheckpointError, CommandEvents,
-    CommandRecord, EventStore, HighWaterStall, Lease, LeaseInfo, LogPage, ParkedEvent, ReadLog, Snapshot,
-    StoreError, StoreInfo,
+    Adopt, Append, AppendError, Appended, BoxFuture, Checkpoint, CheckpointError, CheckpointKey,
+    CommandEvents, CommandRecord, ControlChange, EventStore, HighWaterStall, Lease, LeaseInfo, LogPage,
+    ParkedEvent, ProgressWrite, ProjectionControl, PublisherCheckpoint, ReadLog, Request, Snapshot,
+    StoreError, StoreInfo, StoredProjection, StoredRequest,
 };
 use crate::event::{Position, RecordedEvent, StreamId, Version};
 use crate::panic::panic_text;
@@ -249,82 +249,69 @@ impl EventStore for PostgresStore {
         self.shared.core.high_water_mark.subscribe()
     }
 
-    fn checkpoint<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<Checkpoint, StoreError>> {
-        self.call("reading a checkpoint", async move {
-            const DOING: &str = "reading a checkpoint";
-            let core = &self.shared.core;
-            let mut session = core.connections.get(DOING).await?;
-            let checkpoint = core.progress.checkpoint(&mut session, name, core.info.id).await?;
-            session.finish(DOING).await?;
-            Ok(checkpoint)
-        })
+    fn projection<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<StoredProjection, StoreError>> {
+        self.call("reading a projection", control::projection(&self.shared.core, name))
     }
 
-    fn save_checkpoint<'a>(
+    fn checkpoint<'a>(&'a self, key: &'a CheckpointKey) -> BoxFuture<'a, Result<Checkpoint, StoreError>> {
+        self.call("reading a checkpoint", control::checkpoint(&self.shared.core, key))
+    }
+
+    fn checkpoints<'a>(
         &'a self,
-        name: &'a str,
-        from: Checkpoint,
-        to: Checkpoint,
-        parked: Option<ParkedEvent>,
-    ) -> BoxFuture<'a, Result<(), CheckpointError>> {
-        self.commit("saving a checkpoint", async move {
-            const DOING: &str = "saving a checkpoint";
-            let core = &self.shared.core;
-            let mut session = match parked {
-                Some(_) => core.connections.begin(DOING).await?,
-                None => core.connections.get(DOING).await?,
-            };
-            let saved = match core.progress.save(&mut session, name, core.info.id, from, to).await {
-                Ok(()) => match &parked {
-                    Some(event) => core.progress.park(&mut session, name, event).await.map_err(Into::into),
-                    None => Ok(()),
-                },
-                refused => refused,
-            };
-            match saved {
-                Ok(()) => session.finish(DOING).await?,
-                Err(_) => session.roll_back().await,
-            }
-            saved
-        })
+        projection: &'a str,
+    ) -> BoxFuture<'a, Result<Vec<(CheckpointKey, Checkpoint)>, StoreError>> {
+        self.call("reading checkpoints", control::checkpoints(&self.shared.core, projection))
+    }
+
+    fn write_progress(&self, writes: Vec<ProgressWrite>) -> BoxFuture<'_, Result<(), CheckpointError>> {
+        self.commit(
+            "writing the progress of a projection",
+            control::write_progress(&self.shared.core, writes),
+        )
     }
 
     fn parked<'a>(
         &'a self,
-        name: &'a str,
+        key: &'a CheckpointKey,
+        from: Position,
         limit: usize,
     ) -> BoxFuture<'a, Result<Vec<ParkedEvent>, StoreError>> {
-        self.call("reading parked events", async move {
-            const DOING: &str = "reading parked events";
-            let core = &self.shared.core;
-            let mut session = core.connections.get(DOING).await?;
-            let parked = core.progress.parked(&mut session, name, limit).await?;
-            session.finish(DOING).await?;
-            Ok(parked)
-        })
+        self.call("reading parked events", control::parked(&self.shared.core, key, from, limit))
     }
 
-    fn remove_parked<'a>(
+    fn requests<'a>(
         &'a self,
-        name: &'a str,
-        position: Position,
-    ) -> BoxFuture<'a, Result<bool, StoreError>> {
-        self.commit("removing a parked event", async move {
-            const DOING: &str = "removing a parked event";
-            let core = &self.shared.core;
-            let mut session = core.connections.get(DOING).await?;
-            let removed = core.progress.unpark(&mut session, name, position).await?;
-            session.finish(DOING).await?;
-            Ok(removed)
-        })
+        projection: &'a str,
+        from: Request,
+        limit: usize,
+    ) -> BoxFuture<'a, Result<Vec<StoredRequest>, StoreError>> {
+        self.call("reading requests", control::requests(&self.shared.core, projection, from, limit))
     }
 
-    fn paused(&self) -> BoxFuture<'_, Result<BTreeSet<String>, StoreError>> {
-        self.call("reading the paused projections", pauses::paused(&self.shared.core))
+    fn controls(&self) -> BoxFuture<'_, Result<BTreeMap<String, ProjectionControl>, StoreError>> {
+        self.call("reading the controls of the projections", control::controls(&self.shared.core))
     }
 
-    fn set_paused<'a>(&'a self, name: &'a str, paused: bool) -> BoxFuture<'a, Result<(), StoreError>> {
-        self.commit("pausing or resuming", pauses::set_paused(&self.shared.core, name, paused))
+    fn control<'a>(
+        &'a self,
+        projection: &'a str,
+        change: ControlChange,
+    ) -> BoxFuture<'a, Result<ProjectionControl, StoreError>> {
+        self.commit("controlling a projection", control::control(&self.shared.core, projection, change))
+    }
+
+    fn publisher_checkpoint(&self) -> BoxFuture<'_, Result<PublisherCheckpoint, StoreError>> {
+        self.call("reading the checkpoint of the publisher", control::publisher(&self.shared.core))
+    }
+
+    fn save_publisher_checkpoint(
+        &self,
+        from: PublisherCheckpoint,
+        to: PublisherCheckpoint,
+    ) -> BoxFuture<'_, Result<bool, StoreError>> {
+        let save = control::save_publisher(&self.shared.core, from, to);
+        self.commit("saving the checkpoint of the publisher", save)
     }
 
     fn acquire_lease<'a>(

@@ -13,7 +13,6 @@ mod error;
 mod leases;
 mod migrate;
 mod options;
-mod pauses;
 pub(crate) mod progress;
 mod read;
 mod schema;
@@ -21,7 +20,7 @@ mod shared;
 mod snapshots;
 mod tailer;
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -35,13 +34,15 @@ use uuid::Uuid;
 use self::connection::{Failure, Readers, Writer};
 pub(crate) use self::error::{failed, is_outage, may_be_of_transaction};
 pub use self::options::SqliteOptions;
+use self::progress::{CONTROLS, PROGRESS};
 pub(crate) use self::schema::home;
 use self::shared::Shared;
 use super::page_size::PageSizer;
 use super::{
-    Adopt, Append, AppendError, Appended, BoxFuture, Checkpoint, CheckpointError, CommandEvents,
-    CommandRecord, EventStore, Lease, LeaseInfo, LogPage, ParkedEvent, ReadLog, Snapshot, StoreError,
-    StoreInfo,
+    Adopt, Append, AppendError, Appended, BoxFuture, Checkpoint, CheckpointError, CheckpointKey,
+    CommandEvents, CommandRecord, ControlChange, EventStore, Lease, LeaseInfo, LogPage, ParkedEvent,
+    ProgressWrite, ProjectionControl, PublisherCheckpoint, ReadLog, Request, Snapshot, StoreError, StoreInfo,
+    StoredProjection, StoredRequest,
 };
 use crate::event::{Position, RecordedEvent, StreamId, Version};
 
@@ -154,6 +155,19 @@ impl SqliteStore {
     }
 }
 
+/// Runs a call on a connection for reading.
+macro_rules! on_reader {
+    ($self:ident, $doing:expr, $reader:ident => $call:expr) => {
+        Box::pin(async move {
+            let mut session = $self.shared.readers.get($doing).await?;
+            let $reader = &mut session.connection;
+            let found = $call.await?;
+            session.give_back();
+            Ok(found)
+        })
+    };
+}
+
 impl EventStore for SqliteStore {
     fn info(&self) -> &StoreInfo {
         &self.shared.info
@@ -189,28 +203,27 @@ impl EventStore for SqliteStore {
         self.shared.appended.subscribe()
     }
 
-    fn checkpoint<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<Checkpoint, StoreError>> {
-        Box::pin(async move {
-            let mut reader = self.shared.readers.get("reading a checkpoint").await?;
-            let checkpoint = progress::checkpoint(&mut reader.connection, name, self.shared.info.id).await?;
-            reader.give_back();
-            Ok(checkpoint)
-        })
+    fn projection<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<StoredProjection, StoreError>> {
+        on_reader!(self, "reading a projection", reader => PROGRESS.projection(reader, name, Some(self.shared.info.id)))
     }
 
-    fn save_checkpoint<'a>(
+    fn checkpoint<'a>(&'a self, key: &'a CheckpointKey) -> BoxFuture<'a, Result<Checkpoint, StoreError>> {
+        on_reader!(self, "reading a checkpoint", reader => PROGRESS.checkpoint(reader, key, self.shared.info.id))
+    }
+
+    fn checkpoints<'a>(
         &'a self,
-        name: &'a str,
-        from: Checkpoint,
-        to: Checkpoint,
-        parked: Option<ParkedEvent>,
-    ) -> BoxFuture<'a, Result<(), CheckpointError>> {
-        let (name, store) = (name.to_owned(), self.shared.info.id);
-        Box::pin(self.transaction("saving a checkpoint", move |connection| {
+        projection: &'a str,
+    ) -> BoxFuture<'a, Result<Vec<(CheckpointKey, Checkpoint)>, StoreError>> {
+        on_reader!(self, "reading checkpoints", reader => PROGRESS.checkpoints(reader, projection, self.shared.info.id))
+    }
+
+    fn write_progress(&self, writes: Vec<ProgressWrite>) -> BoxFuture<'_, Result<(), CheckpointError>> {
+        let store = self.shared.info.id;
+        Box::pin(self.transaction("writing the progress of a projection", move |connection| {
             Box::pin(async move {
-                progress::save(connection, &name, store, from, to).await?;
-                if let Some(event) = parked {
-                    progress::park(connection, &name, &event).await?;
+                for write in &writes {
+                    PROGRESS.write(connection, store, write).await?;
                 }
                 Ok(())
             })
@@ -219,25 +232,48 @@ impl EventStore for SqliteStore {
 
     fn parked<'a>(
         &'a self,
-        name: &'a str,
+        key: &'a CheckpointKey,
+        from: Position,
         limit: usize,
     ) -> BoxFuture<'a, Result<Vec<ParkedEvent>, StoreError>> {
-        Box::pin(async move {
-            let mut reader = self.shared.readers.get("reading parked events").await?;
-            let parked = progress::parked(&mut reader.connection, name, limit).await?;
-            reader.give_back();
-            Ok(parked)
-        })
+        on_reader!(self, "reading parked events", reader => PROGRESS.parked(reader, key, from, limit))
     }
 
-    fn remove_parked<'a>(
+    fn requests<'a>(
         &'a self,
-        name: &'a str,
-        position: Position,
-    ) -> BoxFuture<'a, Result<bool, StoreError>> {
-        let name = name.to_owned();
-        Box::pin(self.transaction("removing a parked event", move |connection| {
-            Box::pin(async move { progress::unpark(connection, &name, position).await })
+        projection: &'a str,
+        from: Request,
+        limit: usize,
+    ) -> BoxFuture<'a, Result<Vec<StoredRequest>, StoreError>> {
+        on_reader!(self, "reading requests", reader => PROGRESS.requests(reader, projection, from, limit))
+    }
+
+    fn controls(&self) -> BoxFuture<'_, Result<BTreeMap<String, ProjectionControl>, StoreError>> {
+        on_reader!(self, "reading the controls of the projections", reader => CONTROLS.all(reader))
+    }
+
+    fn control<'a>(
+        &'a self,
+        projection: &'a str,
+        change: ControlChange,
+    ) -> BoxFuture<'a, Result<ProjectionControl, StoreError>> {
+        let projection = projection.to_owned();
+        Box::pin(self.transaction("controlling a projection", move |connection| {
+            Box::pin(async move { CONTROLS.change(connection, &projection, change).await })
+        }))
+    }
+
+    fn publisher_checkpoint(&self) -> BoxFuture<'_, Result<PublisherCheckpoint, StoreError>> {
+        on_reader!(self, "reading the checkpoint of the publisher", reader => CONTROLS.publisher(reader))
+    }
+
+    fn save_publisher_checkpoint(
+        &self,
+        from: PublisherCheckpoint,
+        to: PublisherCheckpoint,
+    ) -> BoxFuture<'_, Result<bool, StoreError>> {
+        Box::pin(self.transaction("saving the checkpoint of the publisher", move |connection| {
+            Box::pin(async move { CONTROLS.save_publisher(connection, from, to).await })
         }))
     }
 
@@ -245,22 +281,6 @@ impl EventStore for SqliteStore {
         let (path, id) = (self.shared.path.clone(), self.shared.info.id);
         Box::pin(self.transaction(schema::ADOPTING, move |connection| {
             Box::pin(async move { schema::adopt(connection, &path, id, adopt).await })
-        }))
-    }
-
-    fn paused(&self) -> BoxFuture<'_, Result<BTreeSet<String>, StoreError>> {
-        Box::pin(async move {
-            let mut reader = self.shared.readers.get("reading the paused projections").await?;
-            let paused = pauses::paused(&mut reader.connection).await?;
-            reader.give_back();
-            Ok(paused)
-        })
-    }
-
-    fn set_paused<'a>(&'a self, name: &'a str, paused: bool) -> BoxFuture<'a, Result<(), StoreError>> {
-        let name = name.to_owned();
-        Box::pin(self.transaction("pausing or resuming", move |connection| {
-            Box::pin(async move { pauses::set_paused(connection, &name, paused).await })
         }))
     }
 
@@ -313,21 +333,11 @@ impl EventStore for SqliteStore {
     }
 
     fn leases(&self) -> BoxFuture<'_, Result<Vec<LeaseInfo>, StoreError>> {
-        Box::pin(async move {
-            let mut reader = self.shared.readers.get("reading the leases").await?;
-            let leases = leases::leases(&mut reader.connection).await?;
-            reader.give_back();
-            Ok(leases)
-        })
+        on_reader!(self, "reading the leases", reader => leases::leases(reader))
     }
 
     fn snapshot<'a>(&'a self, stream: &'a StreamId) -> BoxFuture<'a, Result<Option<Snapshot>, StoreError>> {
-        Box::pin(async move {
-            let mut reader = self.shared.readers.get("reading a snapshot").await?;
-            let snapshot = snapshots::snapshot(&mut reader.connection, stream).await?;
-            reader.give_back();
-            Ok(snapshot)
-        })
+        on_reader!(self, "reading a snapshot", reader => snapshots::snapshot(reader, stream))
     }
 
     fn save_snapshot<'a>(
@@ -350,12 +360,7 @@ impl EventStore for SqliteStore {
     }
 
     fn command(&self, id: Uuid) -> BoxFuture<'_, Result<Option<CommandRecord>, StoreError>> {
-        Box::pin(async move {
-            let mut reader = self.shared.readers.get("reading a command record").await?;
-            let record = command_records::command(&mut reader.connection, id).await?;
-            reader.give_back();
-            Ok(record)
-        })
+        on_reader!(self, "reading a command record", reader => command_records::command(reader, id))
     }
 
     fn record_command(&self, record: CommandRecord) -> BoxFuture<'_, Result<CommandRecord, StoreError>> {

@@ -121,12 +121,16 @@ macro_rules! event_store_suite {
                 readers_are_woken;
             progress:
                 a_checkpoint_starts_at_the_default,
+                each_partition_and_version_has_a_checkpoint,
                 a_checkpoint_moves_only_from_where_it_is,
                 the_epoch_of_a_checkpoint_never_falls,
                 one_of_many_rivals_moves_a_checkpoint,
                 events_are_parked_with_the_checkpoint,
                 parked_events_are_listed_and_removed,
-                projections_are_paused_and_resumed,
+                a_projection_changes_only_from_where_it_is,
+                requests_are_listed_refused_and_removed,
+                projections_are_paused_triggered_and_resumed,
+                a_stale_publisher_is_fenced,
                 snapshots_are_kept_and_replaced;
             lease:
                 a_lease_has_one_owner,

@@ -1,13 +1,14 @@
 //! A store that blocks, fails, loses answers and counts. All other calls go to the inner store.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use storied::store::{
-    Append, AppendError, Appended, BoxFuture, Checkpoint, CheckpointError, ExpectedVersion, Lease, LeaseInfo,
-    LogPage, ParkedEvent, ReadLog, Snapshot, StoreError, StoreInfo,
+    Append, AppendError, Appended, BoxFuture, Checkpoint, CheckpointError, CheckpointKey, ControlChange,
+    ExpectedVersion, Lease, LeaseInfo, LogPage, ParkedEvent, ProgressWrite, ProjectionControl,
+    PublisherCheckpoint, ReadLog, Request, Snapshot, StoreError, StoreInfo, StoredProjection, StoredRequest,
 };
 use storied::{EventStore, MemoryStore, NewEvent, Position, RecordedEvent, StreamId, Version};
 use tokio::sync::watch;
@@ -219,42 +220,65 @@ impl EventStore for FaultyStore {
         self.apart.as_ref().map_or_else(|| self.inner.appended(), watch::Sender::subscribe)
     }
 
-    fn checkpoint<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<Checkpoint, StoreError>> {
-        self.inner.checkpoint(name)
+    fn projection<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<StoredProjection, StoreError>> {
+        self.inner.projection(name)
     }
 
-    fn save_checkpoint<'a>(
+    fn checkpoint<'a>(&'a self, key: &'a CheckpointKey) -> BoxFuture<'a, Result<Checkpoint, StoreError>> {
+        self.inner.checkpoint(key)
+    }
+
+    fn checkpoints<'a>(
         &'a self,
-        name: &'a str,
-        from: Checkpoint,
-        to: Checkpoint,
-        parked: Option<ParkedEvent>,
-    ) -> BoxFuture<'a, Result<(), CheckpointError>> {
-        self.inner.save_checkpoint(name, from, to, parked)
+        projection: &'a str,
+    ) -> BoxFuture<'a, Result<Vec<(CheckpointKey, Checkpoint)>, StoreError>> {
+        self.inner.checkpoints(projection)
+    }
+
+    fn write_progress(&self, writes: Vec<ProgressWrite>) -> BoxFuture<'_, Result<(), CheckpointError>> {
+        self.inner.write_progress(writes)
     }
 
     fn parked<'a>(
         &'a self,
-        name: &'a str,
+        key: &'a CheckpointKey,
+        from: Position,
         limit: usize,
     ) -> BoxFuture<'a, Result<Vec<ParkedEvent>, StoreError>> {
-        self.inner.parked(name, limit)
+        self.inner.parked(key, from, limit)
     }
 
-    fn remove_parked<'a>(
+    fn requests<'a>(
         &'a self,
-        name: &'a str,
-        position: Position,
-    ) -> BoxFuture<'a, Result<bool, StoreError>> {
-        self.inner.remove_parked(name, position)
+        projection: &'a str,
+        from: Request,
+        limit: usize,
+    ) -> BoxFuture<'a, Result<Vec<StoredRequest>, StoreError>> {
+        self.inner.requests(projection, from, limit)
     }
 
-    fn paused(&self) -> BoxFuture<'_, Result<BTreeSet<String>, StoreError>> {
-        self.inner.paused()
+    fn controls(&self) -> BoxFuture<'_, Result<BTreeMap<String, ProjectionControl>, StoreError>> {
+        self.inner.controls()
     }
 
-    fn set_paused<'a>(&'a self, name: &'a str, paused: bool) -> BoxFuture<'a, Result<(), StoreError>> {
-        self.inner.set_paused(name, paused)
+    fn control<'a>(
+        &'a self,
+        projection: &'a str,
+        change: ControlChange,
+    ) -> BoxFuture<'a, Result<ProjectionControl, StoreError>> {
+        self.inner.control(projection, change)
+    }
+
+    fn publisher_checkpoint(&self) -> BoxFuture<'_, Result<PublisherCheckpoint, StoreError>> {
+        self.inner.publisher_checkpoint()
+    }
+
+    fn save_publisher_checkpoint(
+        &self,
+        from: PublisherCheckpoint,
+        to: PublisherCheckpoint,
+    ) -> BoxFuture<'_, Result<bool, StoreError>> {
+        self.inner.save_publisher_checkpoint(from, to)
     }
 
     fn acquire_lease<'a>(

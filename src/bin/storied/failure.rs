@@ -5,7 +5,6 @@ use std::process::ExitCode;
 
 use storied::StoreError;
 use storied::bus::BusError;
-use storied::projection::ControlError;
 
 use crate::redact;
 use crate::terminal;
@@ -100,16 +99,6 @@ impl From<StoreError> for Failure {
             StoreError::Invalid { .. } => Self::Usage(text),
             StoreError::Corrupt { .. } => Self::Problem(text),
             _ => Self::Refused(text),
-        }
-    }
-}
-
-impl From<ControlError> for Failure {
-    fn from(error: ControlError) -> Self {
-        match error {
-            ControlError::Store(error) => error.into(),
-            error if error.is_transient() => Self::Unavailable(redact::error(&error)),
-            error => Self::Refused(redact::error(&error)),
         }
     }
 }

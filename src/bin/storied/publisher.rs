@@ -8,7 +8,7 @@ use crate::database::DatabaseArgs;
 use crate::failure::Failure;
 use crate::output::Output;
 
-/// Name of both the lease and the checkpoint of the publisher.
+/// Name of the lease of the publisher.
 const NAME: &str = "publisher";
 
 #[derive(Debug, clap::Subcommand)]
@@ -30,11 +30,11 @@ impl Publisher {
     pub(crate) async fn of(store: &dyn EventStore) -> Result<Option<Self>, Failure> {
         let lease = store.leases().await?.into_iter().find(|info| info.lease.name == NAME);
         let Some(lease) = lease else { return Ok(None) };
-        let checkpoint = store.checkpoint(NAME).await?;
+        let checkpoint = store.publisher_checkpoint().await?;
         Ok(Some(Self {
             owner: lease.live.then_some(lease.lease.owner),
             published: checkpoint.position.get(),
-            sequence: checkpoint.mark,
+            sequence: checkpoint.sequence,
             head: store.high_water_mark().await?.get(),
         }))
     }

@@ -8,11 +8,10 @@ use super::task::{Pending, ProjectionTask, Suspect};
 use super::user_code::{apply, is_outage};
 use crate::backoff::Backoff;
 use crate::event::{DecodeError, DecodeErrorKind, RecordedEvent};
-use crate::outage;
 use crate::projection::{
     ApplyError, FailurePolicy, Projection, ProjectionState, ProjectionStatus, ReadModel, UnknownNames,
 };
-use crate::store::{Checkpoint, CheckpointError, ParkedEvent, StoreError};
+use crate::store::{Checkpoint, CheckpointError, CheckpointKey, ParkedEvent, ProgressWrite, StoreError};
 use crate::transient::causes;
 
 /// Number of transactions in a row that must become unusable, while others succeed, until an event
@@ -32,9 +31,10 @@ fn undecodable<'e>(error: &'e ApplyError, event: &RecordedEvent) -> Option<&'e D
 }
 
 /// Returns whether a transaction without events succeeds.
-async fn commits_without_events<R: ReadModel>(read_model: &R, row: &str, saved: Checkpoint) -> bool {
-    match read_model.begin(row, saved).await {
-        Ok(open) => read_model.commit(open, row, saved, saved, None).await.is_ok(),
+async fn commits_without_events(read_model: &impl ReadModel, key: &CheckpointKey, saved: Checkpoint) -> bool {
+    let write = ProgressWrite::Checkpoint { key: key.clone(), from: saved, to: saved };
+    match read_model.begin(&key.projection, saved, None).await {
+        Ok(open) => read_model.commit(open, vec![write]).await.is_ok(),
         Err(_) => false,
     }
 }
@@ -64,8 +64,10 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
             _ => suspected.min(self.size.get()),
         };
         let transaction_timeout = self.context.options.transaction_timeout;
-        let begun =
-            self.read_model.begin_within(&self.row, saved, transaction_timeout.saturating_add(GRACE)).await;
+        let begun = self
+            .read_model
+            .begin(&self.context.name, saved, Some(transaction_timeout.saturating_add(GRACE)))
+            .await;
         let mut open = match begun {
             Ok(open) => open,
             Err(error) => {
@@ -95,11 +97,11 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
         }
         self.applying = None;
         let Some(error) = failure else { return self.commit(open, saved, pending, applied, began).await };
-        let mut outage = is_outage(self.read_model, &error);
+        let mut outage = is_outage(&error);
         if self.read_model.rolls_back() {
             self.roll_back(open).await;
             if outage && self.read_model.may_be_of_event(&*error) {
-                let alone = commits_without_events(self.read_model, &self.row, saved).await;
+                let alone = commits_without_events(self.read_model, &self.key, saved).await;
                 outage = !self.is_of_event(alone);
             }
             if !outage {
@@ -130,10 +132,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
     /// back.
     fn is_refusal(&self, error: &StoreError) -> bool {
         let definite = matches!(error, StoreError::Invalid { .. } | StoreError::Storage { .. });
-        definite
-            && self.read_model.rolls_back()
-            && !self.read_model.is_outage(error)
-            && !outage::is_outage(error)
+        definite && self.read_model.rolls_back() && !self.read_model.is_outage(error)
     }
 
     /// Returns whether an event made the transaction unusable, as far as one without events shows:
@@ -185,11 +184,12 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
         let all = count == pending.events.len();
         let last = if all { None } else { pending.events.get(count - 1) };
         let to = Checkpoint { position: last.map_or(pending.upto, |event| event.position), ..saved };
-        let ended = self.read_model.commit(open, &self.row, saved, to, None).await;
+        let write = ProgressWrite::Checkpoint { key: self.key.clone(), from: saved, to };
+        let ended = self.read_model.commit(open, vec![write]).await;
         if let Err(CheckpointError::Store(error)) = &ended {
             let mut of_event = self.is_refusal(error);
             if !of_event && self.read_model.rolls_back() && self.read_model.may_be_of_event(error) {
-                let alone = commits_without_events(self.read_model, &self.row, saved).await;
+                let alone = commits_without_events(self.read_model, &self.key, saved).await;
                 of_event = self.is_of_event(alone);
             }
             if of_event {
@@ -266,15 +266,17 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
             return self.stop();
         };
         let to = Checkpoint { position: event.position, ..saved };
-        let open = match self.read_model.begin(&self.row, saved).await {
+        let open = match self.read_model.begin(name, saved, None).await {
             Ok(open) => open,
             Err(error) => {
                 self.pending = Some(pending);
                 return self.on_unavailable(&error);
             }
         };
-        let (parks, row) = (parked.is_some(), &self.row);
-        if let Err(error) = self.read_model.commit(open, row, saved, to, parked).await {
+        let parks = parked.is_some();
+        let mut writes = vec![ProgressWrite::Checkpoint { key: self.key.clone(), from: saved, to }];
+        writes.extend(parked.map(|event| ProgressWrite::Park { key: self.key.clone(), event }));
+        if let Err(error) = self.read_model.commit(open, writes).await {
             return self.on_checkpoint_error(error);
         }
         if parks {

@@ -91,7 +91,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
 
     /// Subscribes to the live source from now on.
     pub(super) fn listen(&self) -> Result<Follower, Interruption> {
-        let TaskConfig { feed, bus, store, log, filter, options, role, .. } = self.context;
+        let TaskConfig { feed, bus, store, log, layout, partition, filter, options, role, .. } = self.context;
         let own = *role == Role::Live && self.read_model.shared();
         if options.follow == FollowMode::Feed || !own {
             return Ok(Follower::Feed(feed.follow()));
@@ -99,7 +99,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
         // The runtime has checked that there is a bus, and that it supports this.
         let Some(bus) = bus else { return Ok(Follower::Feed(feed.follow())) };
         let followed = bus.follow(Follow {
-            name: self.row.clone(),
+            name: layout.consumer(*partition, self.instance.version),
             store: store.info().id,
             names: filter.names().map(|names| names.iter().cloned().collect()),
             categories: filter.categories().map(|categories| categories.iter().cloned().collect()),

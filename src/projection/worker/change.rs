@@ -5,8 +5,8 @@ use std::time::Duration;
 use super::context::TaskConfig;
 use super::user_code::is_outage;
 use crate::projection::interruption::Interruption;
-use crate::projection::{ApplyError, ControlError, ReadModel};
-use crate::store::{Checkpoint, CheckpointError, StoreError};
+use crate::projection::{ApplyError, ControlError};
+use crate::store::{CheckpointError, StoreError};
 
 /// Maximum time for which one node may hold up all others.
 pub(super) const ORDER: Duration = Duration::from_secs(10);
@@ -16,33 +16,19 @@ pub(super) const ORDER: Duration = Duration::from_secs(10);
 /// Later than the local timeout, so that this process reports the cause.
 pub(super) const GRACE: Duration = Duration::from_millis(500);
 
-/// Maximum number of attempts while other nodes move the same checkpoints.
-pub(super) const ATTEMPTS: u32 = 20;
-
 /// A transaction that affects all tasks of the projection.
-///
-/// It takes effect only if the operator request `requested`, if any, still exists.
 #[derive(Debug, Clone, Copy)]
-pub(super) enum Change<'r> {
-    Empty {
-        requested: Option<&'r str>,
-    },
-    BeginRebuild {
-        requested: Option<&'r str>,
-    },
-    EndRebuild {
-        requested: Option<&'r str>,
-    },
-    /// Deletes the request `asked`, unless it was made again after its row had this checkpoint.
-    Discard {
-        asked: Option<(&'r str, Checkpoint)>,
-    },
+pub(super) enum Change {
+    Reset,
+    BeginRebuild,
+    EndRebuild,
+    DropVersion,
 }
 
 /// Converts an error of the user's code: an outage, or a refusal.
-pub(super) fn blame(context: &TaskConfig, read_model: &impl ReadModel, error: &ApplyError) -> ControlError {
+pub(super) fn blame(context: &TaskConfig, error: &ApplyError) -> ControlError {
     let (name, reason) = (context.name.clone(), error.to_string());
-    match is_outage(read_model, error) {
+    match is_outage(error) {
         true => ControlError::Unavailable { name, reason },
         false => ControlError::Refused { name, reason },
     }
@@ -64,7 +50,7 @@ pub(super) fn interrupted(context: &TaskConfig) -> impl Fn(Interruption) -> Cont
     }
 }
 
-/// Returns whether the next of the [`ATTEMPTS`] may succeed: after a conflict or an outage.
+/// Returns whether the next of the attempts may succeed: after a conflict or an outage.
 pub(super) fn is_momentary(error: &ControlError) -> bool {
     matches!(
         error,

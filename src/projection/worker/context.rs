@@ -13,8 +13,8 @@ use crate::feed::Feed;
 use crate::lease::{LeaseWatcher, Observation};
 use crate::partition::Partition;
 use crate::projection::layout::{Layout, Role};
-use crate::projection::{ProjectionOptions, ProjectionState, ProjectionStatus, ReadModel};
-use crate::store::{EventStore, Filter, LeaseInfo, StoreError};
+use crate::projection::{ProjectionOptions, ProjectionState, ProjectionStatus};
+use crate::store::{EventStore, Filter, LeaseInfo, ProjectionControl, StoreError};
 use crate::telemetry::Metrics;
 
 /// Services that the projections of a node share.
@@ -95,9 +95,9 @@ impl TaskConfig {
         self.partition.is_none_or(|partition| partition.contains(&event.stream))
     }
 
-    /// Returns the version to work on now, if there is one.
-    pub(super) async fn version(&self, read_model: &impl ReadModel) -> Result<Option<u64>, StoreError> {
-        Ok(self.layout.versions(read_model).await?.of(self.role))
+    /// Returns what operators control of the projection.
+    pub(super) async fn control_state(&self) -> Result<ProjectionControl, StoreError> {
+        Ok(self.store.controls().await?.remove(&self.name).unwrap_or_default())
     }
 
     /// Returns whether a node holds the order lease now, by the store's clock.

@@ -9,7 +9,7 @@ use std::time::Duration;
 use tokio::time::{Instant, sleep};
 use uuid::Uuid;
 
-use super::change::{ATTEMPTS, Change, ORDER, blame, interrupted, is_momentary, refused};
+use super::change::{Change, ORDER, blame, interrupted, is_momentary, refused};
 use super::context::TaskConfig;
 use super::task::ProjectionTask;
 use super::user_code::{apply, catch_panic};
@@ -18,19 +18,15 @@ use crate::event::{Position, RecordedEvent};
 use crate::lease::{self, HeldLease};
 use crate::projection::control::{Control, Reply};
 use crate::projection::error::NoReset;
-use crate::projection::layout::{CheckpointKey, bump};
-use crate::projection::start_position::recorded;
+use crate::projection::layout::{ATTEMPTS, undo};
 use crate::projection::{ApplyError, ControlError, Projection, ProjectionState, ReadModel};
-use crate::store::{Checkpoint, Lease};
-
-/// A checkpoint name, its current value and its target.
-type Move = (String, Checkpoint, Checkpoint);
+use crate::store::{CheckpointError, ControlChange, Lease, ProgressWrite, StoredRequest};
 
 impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'_, P, R> {
     pub(super) async fn control(&mut self, control: Control) {
         let (reply, result): (Reply, _) = match control {
-            Control::Pause(reply) => (reply, self.persist_paused(true).await),
-            Control::Resume(reply) => (reply, self.persist_paused(false).await),
+            Control::Pause(reply) => (reply, self.persist_paused(ControlChange::Pause).await),
+            Control::Resume(reply) => (reply, self.persist_paused(ControlChange::Resume).await),
             Control::Paused(paused, reply) => (reply, self.take_paused(paused).await),
             Control::Reset(reply) => (reply, self.reset(None).await),
             Control::BeginAnew(reply) => {
@@ -46,16 +42,10 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
         let _ = reply.send(result);
     }
 
-    async fn persist_paused(&mut self, paused: bool) -> Result<(), ControlError> {
-        let TaskConfig { store, name, lease_watcher, .. } = self.context;
-        store.set_paused(name, paused).await?;
-        if !paused && self.read_model.shared() {
-            // Other nodes must retry what failed there.
-            let order = self.order().await?;
-            store.release_lease(&order).await?;
-        }
-        lease_watcher.hint();
-        self.take_paused(paused).await
+    /// Pauses or resumes the projection. Other nodes retry what failed there after a resumption.
+    async fn persist_paused(&mut self, change: ControlChange) -> Result<(), ControlError> {
+        self.change_control(change).await?;
+        self.take_paused(change == ControlChange::Pause).await
     }
 
     async fn take_paused(&mut self, paused: bool) -> Result<(), ControlError> {
@@ -92,38 +82,37 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
 
     /// Triggers all tasks of the projection.
     async fn trigger(&mut self) -> Result<(), ControlError> {
-        // First: the tasks read the target when they are notified.
-        self.context.set_goal().await?;
-        let lease = self.hold(&self.context.layout.trigger()).await?;
-        self.context.store.release_lease(&lease).await?;
-        self.context.lease_watcher.hint();
+        let head = self.context.store.high_water_mark().await?;
+        self.change_control(ControlChange::Trigger(head)).await
+    }
+
+    /// Makes all tasks on all nodes read their state again.
+    pub(super) async fn notify_tasks(&mut self) -> Result<(), ControlError> {
+        self.change_control(ControlChange::Announce).await
+    }
+
+    async fn change_control(&mut self, change: ControlChange) -> Result<(), ControlError> {
+        let TaskConfig { store, name, lease_watcher, .. } = self.context;
+        let changed = store.control(name, change).await?;
+        if matches!(change, ControlChange::Announce | ControlChange::Resume) {
+            self.own_changes.push(changed.changes);
+        }
+        lease_watcher.hint();
         Ok(())
     }
 
     /// Acquires the order lease, which holds up all tasks of the projection; one node at a time.
     pub(super) async fn order(&mut self) -> Result<Lease, ControlError> {
-        let order = self.hold(&self.context.layout.order()).await?;
-        self.own_epochs.push(order.epoch);
-        Ok(order)
-    }
-
-    /// Makes all tasks on all nodes re-read their state.
-    pub(super) async fn notify_tasks(&mut self) -> Result<(), ControlError> {
-        let order = self.order().await?;
-        self.context.store.release_lease(&order).await?;
-        self.context.lease_watcher.hint();
-        Ok(())
-    }
-
-    async fn hold(&mut self, lease: &str) -> Result<Lease, ControlError> {
-        let TaskConfig { store, name, lease_watcher, .. } = self.context;
+        let TaskConfig { store, name, layout, lease_watcher, .. } = self.context;
+        let order = layout.order();
         let give_up = Instant::now() + ORDER;
         loop {
             let view = lease_watcher.view();
-            let abandoned = view.as_ref().and_then(|view| view.abandoned(lease));
-            // A new owner each time, so that the epoch counts the holds.
-            if let Some(order) = lease::acquire(&**store, lease, Uuid::new_v4(), ORDER, abandoned).await? {
-                return Ok(order);
+            let abandoned = view.as_ref().and_then(|view| view.abandoned(&order));
+            // A new owner each time, so that no other task of this node can acquire it as well.
+            if let Some(lease) = lease::acquire(&**store, &order, Uuid::new_v4(), ORDER, abandoned).await? {
+                lease_watcher.hint();
+                return Ok(lease);
             }
             if Instant::now() >= give_up {
                 return Err(ControlError::Overloaded { name: name.clone() });
@@ -136,19 +125,18 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
     ///
     /// The checkpoint may belong to another store or another number of partitions, or be beyond the
     /// end of the log. With `requested`, only if that request still exists.
-    pub(super) async fn reset(&mut self, requested: Option<&str>) -> Result<(), ControlError> {
+    pub(super) async fn reset(&mut self, requested: Option<&StoredRequest>) -> Result<(), ControlError> {
         self.create().await.map_err(interrupted(self.context))?;
         let context = self.context;
         let TaskConfig { name, store, lease_watcher, .. } = context;
-        let goal = context.goal().await?;
+        let triggers = context.control_state().await?.triggers;
         let mut order = if self.read_model.shared() { Some(self.order().await?) } else { None };
-        lease_watcher.hint();
         self.discard_snapshot().await?;
         let outside = self.outside();
         let change = async {
-            let emptied = self.patiently(Change::Empty { requested }).await?;
+            let emptied = self.patiently(Change::Reset, requested).await?;
             if emptied {
-                self.give_up_goal(goal).await?;
+                self.withdraw_triggers(triggers).await?;
             }
             Ok(emptied)
         };
@@ -166,6 +154,11 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
             return Ok(());
         }
         tracing::info!(projection = name, "reset the projection; applying the log from its start");
+        if self.read_model.shared()
+            && let Err(error) = self.notify_tasks().await
+        {
+            tracing::warn!(projection = name, %error, "could not report the reset to other nodes; their owners notice it when they write");
+        }
         self.begin_anew();
         Ok(())
     }
@@ -180,15 +173,20 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
     /// Makes a change; retries while other nodes move the same checkpoints.
     ///
     /// Returns whether the request still existed.
-    pub(super) async fn patiently(&mut self, change: Change<'_>) -> Result<bool, ControlError> {
+    pub(super) async fn patiently(
+        &mut self,
+        change: Change,
+        requested: Option<&StoredRequest>,
+    ) -> Result<bool, ControlError> {
         let mut backoff = Backoff::new(Duration::from_millis(5), Duration::from_millis(500));
         let mut attempt = 1;
         loop {
             let changed = match change {
-                Change::Empty { requested } => self.empty(requested).await,
-                Change::BeginRebuild { requested } => self.begin_rebuild(requested).await,
-                Change::EndRebuild { requested } => self.end_rebuild(requested).await,
-                Change::Discard { asked } => self.drop_version(asked).await.map(|()| true),
+                Change::Reset if self.outside() => self.empty_outside(requested).await,
+                Change::Reset => self.empty(requested).await,
+                Change::BeginRebuild => self.begin_rebuild(requested).await,
+                Change::EndRebuild => self.end_rebuild(requested).await,
+                Change::DropVersion => self.drop_version(requested).await,
             };
             match changed {
                 Err(error) if attempt < ATTEMPTS && is_momentary(&error) => {
@@ -208,63 +206,80 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
         self.read_model.shared() && !self.read_model.rolls_back()
     }
 
-    /// Empties the read model and moves every checkpoint to the start of the log.
+    /// Opens a transaction for a change. An unreadable checkpoint does not prevent a reset.
+    async fn open(&mut self) -> Result<R::Open, ControlError> {
+        let known = self.read_model.checkpoint(&self.key).await.unwrap_or_default();
+        Ok(self.read_model.begin(&self.context.name, known, None).await?)
+    }
+
+    /// Deletes a request with the commit of the transaction; returns whether it still existed.
+    pub(super) async fn remove_request(
+        &mut self,
+        open: &mut R::Open,
+        requested: Option<&StoredRequest>,
+    ) -> Result<bool, ControlError> {
+        let Some(StoredRequest { request, id, .. }) = requested else { return Ok(true) };
+        let projection = self.context.name.clone();
+        let write = ProgressWrite::RemoveRequest { projection, request: *request, id: Some(*id) };
+        match self.read_model.write(open, write).await {
+            Err(CheckpointError::Missing { .. }) => Ok(false),
+            written => written.map(|()| true).map_err(refused(self.context)),
+        }
+    }
+
+    /// Commits a change; rolls back after an error, or if there is nothing to commit.
     ///
-    /// Runs in one transaction, if the read model has transactions. Returns whether the request
-    /// still existed.
-    async fn empty(&mut self, requested: Option<&str>) -> Result<bool, ControlError> {
-        let TaskConfig { layout, .. } = self.context;
-        let row = &self.row.clone();
-        // An unreadable checkpoint belongs to another store, or is unreadable below as well.
-        let known = self.read_model.checkpoint(row).await.unwrap_or_default();
-        let floor = self.floor_after_reset().await.map_err(interrupted(self.context))?;
-        let mut open = self.read_model.begin(row, known).await?;
-        let result = async {
-            if let Some(request) = requested
-                && !self.read_model.unpark(&mut open, request, Position::START).await?
-            {
-                return Ok(None);
-            }
-            let version = layout.live(self.read_model, &mut open).await?;
-            self.use_version(version)?;
-            let mut rows = layout.begin_anew(self.read_model, &mut open, version).await?;
-            if let Some(floor) = floor {
-                let record = layout.start();
-                let found = self.read_model.adopt(&mut open, &record).await?;
-                rows.insert(0, (record, found, recorded(found, floor)));
-            }
-            if self.outside() {
-                self.empty_outside(&mut open, &mut rows).await?;
-            }
-            let last = rows.pop();
-            // Before the user's part: owners then wait for this transaction, instead of blocking it
-            // in vain.
-            for (row, found, to) in &rows {
-                self.read_model.save(&mut open, row, *found, *to).await.map_err(refused(self.context))?;
-            }
-            if !self.outside() {
-                let emptied = self.users_reset(&mut open).await;
-                emptied.map_err(|error| blame(self.context, self.read_model, &error))?;
-            }
-            for (row, ..) in rows.iter().chain(&last) {
-                self.read_model.unpark_all(&mut open, row).await?;
-            }
-            Ok(last)
-        };
-        match result.await {
-            Ok(Some((row, found, to))) => {
-                self.read_model.commit(open, &row, found, to, None).await.map_err(refused(self.context))?;
+    /// Returns whether it has committed.
+    pub(super) async fn end(
+        &mut self,
+        open: R::Open,
+        change: Result<Option<Vec<ProgressWrite>>, ControlError>,
+    ) -> Result<bool, ControlError> {
+        match change {
+            Ok(Some(writes)) => {
+                self.read_model.commit(open, writes).await.map_err(refused(self.context))?;
                 Ok(true)
             }
-            Ok(None) => {
+            other => {
                 self.roll_back(open).await;
-                Ok(false)
-            }
-            Err(error) => {
-                self.roll_back(open).await;
-                Err(error)
+                other.map(|_| false)
             }
         }
+    }
+
+    /// Empties the read model and moves every checkpoint to the start of the log.
+    ///
+    /// Runs in one transaction. Returns whether the request still existed.
+    async fn empty(&mut self, requested: Option<&StoredRequest>) -> Result<bool, ControlError> {
+        let start = self.floor_after_reset().await.map_err(interrupted(self.context))?;
+        let mut open = self.open().await?;
+        let change = async {
+            if !self.remove_request(&mut open, requested).await? {
+                return Ok(None);
+            }
+            let moves = self.restart_writes(&mut open, start).await?;
+            // Before the user's part: owners then wait for this transaction, instead of blocking it
+            // in vain.
+            for write in &moves {
+                self.read_model.write(&mut open, write.clone()).await.map_err(refused(self.context))?;
+            }
+            let emptied = self.users_reset(&mut open).await;
+            emptied.map_err(|error| blame(self.context, &error))?;
+            Ok(Some(unpark_all(&moves)))
+        };
+        let change = change.await;
+        self.end(open, change).await
+    }
+
+    async fn restart_writes(
+        &mut self,
+        open: &mut R::Open,
+        start: Option<Position>,
+    ) -> Result<Vec<ProgressWrite>, ControlError> {
+        let TaskConfig { layout, name, .. } = self.context;
+        let found = self.read_model.adopt(open, name).await?;
+        self.use_version(found.projection.live_version)?;
+        Ok(layout.restart(&found, start, self.read_model.rolls_back())?)
     }
 
     pub(super) async fn users_reset(&mut self, open: &mut R::Open) -> Result<(), ApplyError> {
@@ -274,51 +289,46 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
 
     /// Moves the checkpoints to the start first, then empties the read model.
     ///
-    /// If this stops at any step, events are repeated and none is lost. Leaves the event rows in
-    /// `rows` for a second move: an owner that was not held up in time may have written events into
-    /// the emptied read model.
-    async fn empty_outside(&mut self, open: &mut R::Open, rows: &mut Vec<Move>) -> Result<(), ControlError> {
-        for (index, (row, found, to)) in rows.iter().enumerate() {
-            if let Err(error) = self.read_model.save(open, row, *found, *to).await {
-                self.put_back(open, &rows[..index]).await;
-                return Err(refused(self.context)(error));
-            }
+    /// If this stops at any step, events are repeated and none is lost.
+    async fn empty_outside(&mut self, requested: Option<&StoredRequest>) -> Result<bool, ControlError> {
+        let start = self.floor_after_reset().await.map_err(interrupted(self.context))?;
+        if let Some(requested) = requested
+            && !self.is_waiting(requested).await?
+        {
+            return Ok(false);
         }
-        if let Err(error) = self.users_reset(open).await {
+        let mut open = self.open().await?;
+        let moves = self.restart_writes(&mut open, start).await?;
+        self.read_model.commit(open, moves.clone()).await.map_err(refused(self.context))?;
+        let mut open = self.open().await?;
+        if let Err(error) = self.users_reset(&mut open).await {
             // After any other error, the remaining data is unknown.
-            if error.is::<NoReset>() {
-                self.put_back(open, rows).await;
-            }
-            return Err(blame(self.context, self.read_model, &error));
-        }
-        rows.retain(|(row, ..)| CheckpointKey::parse(row).is_some());
-        for (_, found, to) in rows {
-            *found = *to;
-            *to = bump(*to);
-        }
-        Ok(())
-    }
-
-    /// Moves the checkpoints back after a reset that emptied nothing.
-    async fn put_back(&mut self, open: &mut R::Open, moved: &[Move]) {
-        for (row, found, to) in moved.iter().rev() {
-            // No mark repeats: the mark identifies the replay.
-            let back =
-                CheckpointKey::parse(row).map_or(*found, |_| Checkpoint { mark: bump(*to).mark, ..*found });
-            if let Err(error) = self.read_model.save(open, row, *to, back).await {
+            let back = error.is::<NoReset>().then(|| moves.into_iter().map(undo).collect());
+            if let Err(error) = self.end(open, Ok(back)).await {
                 tracing::warn!(
                     projection = self.context.name, %error,
                     "could not undo a failed reset; applying the log from its start"
                 );
-                return;
             }
+            return Err(blame(self.context, &error));
         }
+        // Once more: an owner that was not held up in time may have written events into the emptied
+        // read model.
+        let mut writes = unpark_all(&moves);
+        writes.extend(moves.into_iter().filter_map(|write| match write {
+            ProgressWrite::Checkpoint { key, to, .. } => {
+                Some(ProgressWrite::Checkpoint { key, from: to, to: to.next_generation() })
+            }
+            _ => None,
+        }));
+        self.remove_request(&mut open, requested).await?;
+        self.end(open, Ok(Some(writes))).await
     }
 
     pub(super) async fn retry_parked(
         &mut self,
         event: &RecordedEvent,
-        requested: Option<&str>,
+        requested: Option<&StoredRequest>,
     ) -> Result<(), ControlError> {
         self.create().await.map_err(interrupted(self.context))?;
         let mut attempt = 1;
@@ -334,41 +344,53 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
     async fn apply_parked(
         &mut self,
         event: &RecordedEvent,
-        requested: Option<&str>,
+        requested: Option<&StoredRequest>,
     ) -> Result<(), ControlError> {
-        let TaskConfig { name, .. } = self.context;
-        let found = self.read_model.checkpoint(&self.row).await?;
+        let TaskConfig { name, role, .. } = self.context;
+        let found = self.read_model.checkpoint(&self.key).await?;
         // After reading the checkpoint: a cut-over moves it, so that the compare-and-set below
         // would fail.
-        if self.context.version(self.read_model).await? != Some(self.instance.version) {
+        let projection = self.read_model.projection(name).await?;
+        if role.version(&projection) != Some(self.instance.version) {
             self.reload();
-            self.find_version().await?;
+            self.find_version(&projection)?;
             let reason = "retrying a parked event failed: another version became live".into();
             return Err(ControlError::Conflict { name: name.clone(), reason });
         }
-        let row = &self.row;
-        let mut open = self.read_model.begin(row, found).await?;
-        if !self.read_model.unpark(&mut open, row, event.position).await? {
-            self.roll_back(open).await;
-            return Err(ControlError::NotParked { name: name.clone(), position: event.position });
+        let mut open = self.read_model.begin(name, found, None).await?;
+        let change = async {
+            let (key, position) = (self.key.clone(), event.position);
+            let unpark = ProgressWrite::Unpark { key: key.clone(), position };
+            self.read_model.write(&mut open, unpark).await.map_err(|error| match error {
+                CheckpointError::Missing { .. } => ControlError::NotParked { name: name.clone(), position },
+                error => refused(self.context)(error),
+            })?;
+            if !self.remove_request(&mut open, requested).await? {
+                return Ok(None);
+            }
+            let transaction = self.read_model.transaction(&mut open);
+            apply(&mut self.instance.projection, event, transaction)
+                .await
+                .map_err(|error| blame(self.context, &error))?;
+            // The checkpoint stays unchanged, but this commit conflicts with a concurrent move of it.
+            Ok(Some(vec![ProgressWrite::Checkpoint { key, from: found, to: found }]))
+        };
+        let change = change.await;
+        if self.end(open, change).await? {
+            self.context.status.send_modify(|status| status.events_applied += 1);
+            self.snapshot_behind(1).await;
         }
-        if let Some(request) = requested
-            && !self.read_model.unpark(&mut open, request, event.position).await?
-        {
-            self.roll_back(open).await;
-            return Ok(());
-        }
-        let transaction = self.read_model.transaction(&mut open);
-        if let Err(error) = apply(&mut self.instance.projection, event, transaction).await {
-            self.roll_back(open).await;
-            return Err(blame(self.context, self.read_model, &error));
-        }
-        // The checkpoint stays unchanged, but this commit conflicts with a concurrent move of it.
-        self.read_model.commit(open, row, found, found, None).await.map_err(refused(self.context))?;
-        self.context.status.send_modify(|status| status.events_applied += 1);
-        self.snapshot_behind(1).await;
         Ok(())
     }
+}
+
+/// Returns the writes that delete the parked events of the moved checkpoints.
+fn unpark_all(moves: &[ProgressWrite]) -> Vec<ProgressWrite> {
+    let keys = moves.iter().filter_map(|write| match write {
+        ProgressWrite::Checkpoint { key, .. } => Some(key.clone()),
+        _ => None,
+    });
+    keys.map(|key| ProgressWrite::UnparkAll { key }).collect()
 }
 
 /// Runs a change while the order lease holds up all tasks; aborts it if the lease is lost.

@@ -5,12 +5,12 @@ use std::time::Duration;
 use tokio::time::{Instant, timeout};
 
 use super::change::{GRACE, blame, refused};
+use super::context::TaskConfig;
 use super::rebuild::{RETRY_PAUSE, RebuildProgress, Switch};
 use super::task::{ProjectionTask, Source};
 use super::user_code::catch_panic;
-use crate::projection::layout::{Versions, bump};
 use crate::projection::{ControlError, Projection, ReadModel};
-use crate::store::{Checkpoint, StoreError};
+use crate::store::{Checkpoint, ProgressWrite, StoreError, StoredProjection};
 
 /// Maximum distance in positions between the versions at which the live one begins to wait.
 const NEAR: u64 = 10_000;
@@ -61,6 +61,9 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
                     self.cut_over().await?;
                     self.switch_backoff.succeeded();
                     self.give_up_switching().await;
+                    if let Err(error) = self.notify_tasks().await {
+                        tracing::warn!(projection = self.context.name, %error, "could not report the cut-over to other nodes; their owners notice it when they write");
+                    }
                     self.reload();
                     self.tick_at = Instant::now();
                 } else if !is_advancing || waited >= WAIT {
@@ -69,7 +72,6 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
             }
             _ if behind == 0 || (behind <= NEAR && is_advancing) => {
                 let order = self.order().await?;
-                self.context.lease_watcher.hint();
                 self.switch = Some(Switch::Waits { order, since: Instant::now() });
                 self.tick_at = Instant::now() + SWITCHING;
             }
@@ -94,12 +96,12 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
 
     /// Returns the largest lag of a partition, and whether all lagging partitions advance.
     async fn behind(&mut self, since: Option<Instant>) -> Result<(u64, bool), StoreError> {
-        let layout = &self.context.layout;
-        let Versions { live, .. } = layout.versions(self.read_model).await?;
+        let TaskConfig { layout, name, .. } = self.context;
+        let live = self.read_model.projection(name).await?.live_version;
         let (mut most, mut all_get_on) = (0, true);
-        for (index, part) in layout.parts().enumerate() {
-            let old = self.read_model.checkpoint(&layout.row(part, live)).await?.position;
-            let new = self.read_model.checkpoint(&layout.row(part, self.instance.version)).await?.position;
+        for (index, (old, new)) in layout.keys(live).zip(layout.keys(self.instance.version)).enumerate() {
+            let old = self.read_model.checkpoint(&old).await?.position;
+            let new = self.read_model.checkpoint(&new).await?.position;
             if self.rebuild_progress.len() <= index {
                 self.rebuild_progress.push(RebuildProgress::default());
             }
@@ -114,52 +116,40 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
     }
 
     async fn cut_over(&mut self) -> Result<(), ControlError> {
-        let context = self.context;
-        let (layout, version) = (&context.layout, self.instance.version);
-        let record = layout.version();
-        let found = self.read_model.checkpoint(&record).await?;
-        let mut open = self.read_model.begin(&record, found).await?;
-        let Versions { live, rebuilt } = Versions::from(found);
-        let late =
-            |reason: &str| ControlError::Conflict { name: context.name.clone(), reason: reason.to_owned() };
-        let result = async {
-            self.read_model.bound(&mut open, SWITCH + GRACE).await?;
-            if rebuilt != Some(version) {
-                return Err(late("cutting over failed: the versions have changed"));
+        let (TaskConfig { layout, name, .. }, read_model) = (self.context, self.read_model);
+        let version = self.instance.version;
+        let mut open = read_model.begin(name, Checkpoint::default(), Some(SWITCH + GRACE)).await?;
+        let change = async {
+            let found = read_model.adopt(&mut open, name).await?;
+            let from = found.projection;
+            if from.building_version != Some(version) {
+                return Err(self.versions_changed("cutting over"));
             }
-            for part in layout.parts() {
-                // I7: both are locked until the commit, and owners that know the old values are
-                // fenced.
-                let (old_row, new_row) = (layout.row(part, live), layout.row(part, version));
-                let old = self.read_model.adopt(&mut open, &old_row).await?;
-                let new = self.read_model.adopt(&mut open, &new_row).await?;
-                self.read_model
-                    .save(&mut open, &old_row, old, bump(old))
-                    .await
-                    .map_err(refused(self.context))?;
-                self.read_model
-                    .save(&mut open, &new_row, new, bump(new))
-                    .await
-                    .map_err(refused(self.context))?;
-                if new.position < old.position {
-                    return Err(late("cutting over failed: the rebuilt version lags the live one again"));
+            for (old, new) in layout.keys(from.live_version).zip(layout.keys(version)) {
+                let lags = found.checkpoint(&new).position < found.checkpoint(&old).position;
+                for key in [old, new] {
+                    // I7: both are locked until the commit, and owners that know the old values are
+                    // fenced.
+                    let from = found.checkpoint(&key);
+                    let write = ProgressWrite::Checkpoint { key, from, to: from.next_generation() };
+                    read_model.write(&mut open, write).await.map_err(refused(self.context))?;
+                }
+                if lags {
+                    let reason = "cutting over failed: the rebuilt version lags the live one again".into();
+                    return Err(ControlError::Conflict { name: name.clone(), reason });
                 }
             }
-            let transaction = self.read_model.transaction(&mut open);
+            let transaction = read_model.transaction(&mut open);
             let live = catch_panic(async { self.instance.projection.cut_over(transaction).await }).await;
-            live.map_err(|error| blame(self.context, self.read_model, &error))
+            live.map_err(|error| blame(self.context, &error))?;
+            let to = StoredProjection { live_version: version, building_version: None, ..from };
+            Ok(Some(vec![ProgressWrite::Projection { name: name.clone(), from, to }]))
         };
-        match timeout(SWITCH, result).await {
-            Ok(Ok(())) => {}
-            Ok(Err(error)) => {
-                self.roll_back(open).await;
-                return Err(error);
-            }
-            Err(_) => return Err(self.locked(SWITCH, "could not be cut over")),
-        }
-        let switched: Checkpoint = Versions { live: version, rebuilt: None }.record(found);
-        self.read_model.commit(open, &record, found, switched, None).await.map_err(refused(self.context))?;
-        tracing::info!(projection = context.name, version, "cut over to the rebuilt version");
+        let Ok(change) = timeout(SWITCH, change).await else {
+            return Err(self.locked(SWITCH, "could not be cut over"));
+        };
+        self.end(open, change).await?;
+        tracing::info!(projection = name, version, "cut over to the rebuilt version");
         Ok(())
     }
 }

@@ -23,13 +23,12 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
                 context.floor.get_or_try_init(|| start.resolve(&*context.store, context.log_end)).await?;
             return Ok(*floor);
         }
-        let record = context.layout.start();
-        let known = read_model.checkpoint(&record).await?;
-        if known.mark > 0 {
-            return Ok(known.position);
+        let known = read_model.projection(&context.name).await?;
+        if let Some(floor) = known.start_position {
+            return Ok(floor);
         }
         let floor = start.resolve(&*context.store, context.log_end).await?;
-        Ok(record_floor(read_model, &record, known, floor).await?)
+        Ok(record_floor(read_model, &context.name, known, floor).await?)
     }
 
     /// Returns the new start position for a reset; `None` if the recorded one stays.
@@ -41,10 +40,9 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
         if !read_model.shared() {
             return Ok(None);
         }
-        let start = self.start();
-        match read_model.checkpoint(&context.layout.start()).await {
+        match read_model.projection(&context.name).await {
             Ok(known) => {
-                let position = known.position;
+                let position = known.start_position.unwrap_or_default();
                 if position == Position::START || context.store.event_id_at(position).await?.is_some() {
                     return Ok(None);
                 }
@@ -54,7 +52,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
         }
         let head = context.store.high_water_mark().await?;
         // A reset does not wait for a log that may never reach the position.
-        let start = match start {
+        let start = match self.start() {
             Start::At(position) if position > head => Start::Now,
             start => start,
         };

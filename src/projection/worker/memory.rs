@@ -24,14 +24,14 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
     /// run.
     pub(super) async fn empty_memory(&mut self) -> Result<(), Interruption> {
         let none = Checkpoint::default();
-        if self.read_model.shared() || self.read_model.checkpoint(&self.row).await? != none {
+        if self.read_model.shared() || self.read_model.checkpoint(&self.key).await? != none {
             return Ok(());
         }
         let context = self.context;
         if !self.inbox.is_stopping() {
             previous_run_ended(context).await?;
         }
-        let mut open = self.read_model.begin(&self.row, none).await?;
+        let mut open = self.read_model.begin(&context.name, none, None).await?;
         let emptied = self.users_reset(&mut open).await;
         self.roll_back(open).await;
         emptied.map_err(|error| {
@@ -44,7 +44,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
             }
             let reason = format!("emptying the memory of projection {name} failed: {error}");
             // Its own error stays until the program or the reset changes.
-            match is_outage(self.read_model, &error) {
+            match is_outage(&error) {
                 true => Interruption::Later { reason },
                 false => StoreError::Invalid { reason }.into(),
             }

@@ -1,4 +1,7 @@
 //! Operator requests to the nodes, from programs without the projection's code: see [`Request`].
+//!
+//! The owner of the projection checks for requests at takeover, and after each change of its
+//! control.
 
 use std::time::Duration;
 
@@ -8,11 +11,11 @@ use super::task::ProjectionTask;
 use crate::event::Position;
 use crate::partition::Partition;
 use crate::projection::interruption::Interruption;
-use crate::projection::layout::{Role, bump};
-use crate::projection::{ControlError, Projection, ReadModel, Request};
-use crate::store::{CheckpointError, ParkedEvent, ReadLog};
+use crate::projection::layout::Role;
+use crate::projection::{ControlError, Projection, ReadModel};
+use crate::store::{CheckpointError, ProgressWrite, ReadLog, Request, StoreError, StoredRequest};
 
-/// Number of requests in the first read; doubled while no request can be completed.
+/// Number of requests per read.
 const PAGE: usize = 1_000;
 
 /// Pause before the retry of an operator request; the projection continues meanwhile.
@@ -34,19 +37,17 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
         }
         self.create().await?;
         for request in [Request::Reset, Request::CancelRebuild, Request::Rebuild] {
-            let row = context.layout.request(request.kind());
-            for kept in ReadModel::parked(self.read_model, &row, 1).await? {
-                if kept.attempts > 0 {
-                    continue;
-                }
-                tracing::info!(projection = context.name, %request, "executing an operator request");
-                let done = match request {
-                    Request::Reset => self.reset(Some(&row)).await,
-                    Request::CancelRebuild => self.cancel_rebuild(Some(&row)).await,
-                    _ => self.rebuild(Some(&row)).await,
-                };
-                self.answer(&row, kept, done).await?;
-            }
+            let stored = self.read_model.requests(&context.name, request, 1).await?;
+            let waiting =
+                |stored: &StoredRequest| stored.request == request && stored.refused_reason.is_none();
+            let Some(stored) = stored.into_iter().find(waiting) else { continue };
+            tracing::info!(projection = context.name, %request, "executing an operator request");
+            let done = match request {
+                Request::Reset => self.reset(Some(&stored)).await,
+                Request::CancelRebuild => self.cancel_rebuild(Some(&stored)).await,
+                _ => self.rebuild(Some(&stored)).await,
+            };
+            self.answer(stored, done).await?;
         }
         self.requests_due = false;
         Ok(())
@@ -59,17 +60,16 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
             self.retries_due = false;
             return Ok(());
         }
-        let row = context.layout.request(Request::Retry(Position::START).kind());
-        let mut limit = PAGE;
+        let mut from = Position::START;
         loop {
-            let mut more = false;
-            let stand = ReadModel::parked(self.read_model, &row, limit).await?;
-            let all = stand.len() < limit;
-            for kept in stand {
-                if kept.attempts > 0 {
+            let page = self.read_model.requests(&context.name, Request::Retry(from), PAGE).await?;
+            let all = page.len() < PAGE;
+            for stored in page {
+                let Request::Retry(position) = stored.request else { continue };
+                from = Position::new(position.get() + 1);
+                if stored.refused_reason.is_some() {
                     continue;
                 }
-                let position = kept.position;
                 let before = Position::new(position.get().saturating_sub(1));
                 let page = context.store.read_log(ReadLog::after(before).upto(position).limit(1)).await?;
                 let event = page.events.into_iter().find(|event| event.position == position);
@@ -81,23 +81,23 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
                     continue;
                 }
                 let done = match &event {
-                    Some(event) => self.retry_parked(event, Some(&row)).await,
+                    Some(event) => self.retry_parked(event, Some(&stored)).await,
                     None => Err(ControlError::NotParked { name: context.name.clone(), position }),
                 };
-                self.answer(&row, kept, done).await?;
-                more = true;
+                self.answer(stored, done).await?;
             }
-            if !more && all {
+            if all {
                 break;
-            }
-            if !more {
-                // Refused requests and those of other partitions stay: read further to see the ones
-                // after them.
-                limit = limit.saturating_mul(2);
             }
         }
         self.retries_due = false;
         Ok(())
+    }
+
+    /// Returns whether a request still waits.
+    pub(super) async fn is_waiting(&mut self, stored: &StoredRequest) -> Result<bool, StoreError> {
+        let found = self.read_model.requests(&self.context.name, stored.request, 1).await?;
+        Ok(found.first().is_some_and(|found| found.id == stored.id && found.refused_reason.is_none()))
     }
 
     /// Records that a request cannot be completed yet; returns the time of the next attempt.
@@ -114,8 +114,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
     /// Records a refusal with its reason, if the request still exists.
     async fn answer(
         &mut self,
-        row: &str,
-        kept: ParkedEvent,
+        stored: StoredRequest,
         done: Result<(), ControlError>,
     ) -> Result<(), Interruption> {
         let error = match done {
@@ -131,20 +130,15 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
             ) => return Err(Interruption::Later { reason: error.to_string() }),
             Err(error) => error,
         };
-        tracing::warn!(projection = self.context.name, request = %kept.name, %error, "refused an operator request");
-        // Before the check whether the request is still the same: a new request moves this
-        // checkpoint.
-        let found = ReadModel::checkpoint(self.read_model, row).await?;
-        let stand = ReadModel::parked(self.read_model, row, usize::MAX).await?;
-        if !stand.iter().any(|request| request.event_id == kept.event_id) {
-            return Ok(());
-        }
-        let refusal = ParkedEvent { attempts: 1, error: error.to_string(), ..kept };
-        let open = self.read_model.begin(row, found).await?;
-        match self.read_model.commit(open, row, found, bump(found), Some(refusal)).await {
+        let (projection, request) = (self.context.name.clone(), stored.request);
+        tracing::warn!(projection, %request, %error, "refused an operator request");
+        let open = self.read_model.begin(&projection, Default::default(), None).await?;
+        let refusal =
+            ProgressWrite::RefuseRequest { projection, request, id: stored.id, reason: error.to_string() };
+        match self.read_model.commit(open, vec![refusal]).await {
             // A request that was made meanwhile has its own turn.
-            Ok(()) | Err(CheckpointError::Stale { .. }) => Ok(()),
-            Err(CheckpointError::Store(error)) => Err(error.into()),
+            Ok(()) | Err(CheckpointError::Missing { .. }) => Ok(()),
+            Err(error) => Err(error.into()),
         }
     }
 }

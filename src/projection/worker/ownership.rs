@@ -10,7 +10,7 @@ use crate::event::Position;
 use crate::lease::{HeldLease, LeaseView, Observation};
 use crate::projection::interruption::Interruption;
 use crate::projection::{Projection, ProjectionState, ReadModel};
-use crate::store::{Checkpoint, CheckpointError, StoreError};
+use crate::store::{Checkpoint, CheckpointError, ProgressWrite, StoreError};
 
 /// Maximum pause before the next attempt to acquire a lease that is taken or was lost.
 const LEAVE_ALONE: Duration = Duration::from_millis(250);
@@ -33,7 +33,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
             self.hand_over().await;
         }
         let Some(view) = view else { return };
-        let paused = view.paused.contains(&self.context.name);
+        let paused = view.control(&self.context.name).paused;
         if self.paused != Some(paused) && self.paused_at.is_none_or(|paused_at| paused_at <= view.asked) {
             self.set_paused(paused).await;
         }
@@ -43,24 +43,28 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
         self.heed_triggers(&view).await;
     }
 
-    /// Processes a resume or reset on any node: re-reads the state and retries failures.
+    /// Processes a change on any node: reads the state again and retries failures.
     fn heed(&mut self, view: &LeaseView) {
-        let order = view.leases.get(&self.context.layout.order());
-        self.change_in_progress = order.is_some_and(|order| order.live);
-        let done = order.map_or(0, |order| order.epoch - u64::from(order.live));
-        let own = self.own_epochs.extract_if(.., |epoch| *epoch <= done).count() as u64;
-        if self.seen_epoch.is_some_and(|seen_epoch| seen_epoch < done) {
-            if self.seen_epoch.is_some_and(|seen_epoch| done - seen_epoch > own) {
-                // Another node made the change: there may be new operator requests.
-                self.requests_at = Instant::now();
-                self.retries_at = Instant::now();
-            }
+        let stopped = std::mem::replace(
+            &mut self.change_in_progress,
+            view.owner(&self.context.layout.order()).is_some(),
+        );
+        // A node that dies after its change does not count it.
+        let ended = stopped && !self.change_in_progress;
+        let changes = view.control(&self.context.name).changes;
+        let own = self.own_changes.extract_if(.., |change| *change <= changes).count() as u64;
+        let new = self.seen_changes.replace(changes).map_or(0, |seen| changes.saturating_sub(seen));
+        if new > own {
+            // Another node made the change: there may be new operator requests.
+            self.requests_at = Instant::now();
+            self.retries_at = Instant::now();
+        }
+        if new > 0 || ended {
             self.reload();
             self.retry_now();
             self.requests_due = true;
             self.retries_due = true;
         }
-        self.seen_epoch = Some(done);
     }
 
     /// Continues from the stored checkpoint.
@@ -107,13 +111,13 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
             }
         }
         if self.read_owner_at <= Instant::now() {
-            match self.read_model.checkpoint(&self.row).await {
+            match self.read_model.checkpoint(&self.key).await {
                 Ok(checkpoint) => {
                     self.context.status.send_if_modified(|status| {
-                        let known = (status.position, status.mark);
-                        status.mark = checkpoint.mark;
+                        let known = (status.position, status.generation);
+                        status.generation = checkpoint.generation;
                         status.moved_to(checkpoint.position, None);
-                        known != (checkpoint.position, checkpoint.mark)
+                        known != (checkpoint.position, checkpoint.generation)
                     });
                     self.measures_from(checkpoint.position);
                     self.date().await;
@@ -206,7 +210,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
         self.applied = checkpoint.position;
         self.context.status.send_modify(|status| {
             status.epoch = if self.lease.is_some() { checkpoint.epoch } else { 0 };
-            status.mark = checkpoint.mark;
+            status.generation = checkpoint.generation;
             status.moved_to(checkpoint.position, None);
         });
         self.measures_from(checkpoint.position);
@@ -216,16 +220,15 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
     /// Claims the checkpoint; `None` if a node is emptying the read model, unknown to the view so
     /// far.
     async fn claim(&mut self) -> Result<Option<Checkpoint>, Interruption> {
-        let TaskConfig { name, layout, store, .. } = self.context;
-        let row = &self.row.clone();
-        let found = self.read_model.checkpoint(row).await?;
+        let TaskConfig { name, layout, role, store, .. } = self.context;
+        let key = &self.key.clone();
+        let found = self.read_model.checkpoint(key).await?;
         if self.read_model.shared() {
             // After reading the checkpoint: a change of the layout moves it too, so that the
             // compare-and-set below fails.
-            layout.check(self.read_model).await?;
-            if self.context.version(self.read_model).await? != Some(self.instance.version) {
-                let expected = Checkpoint { mark: found.mark + 1, ..found };
-                return Err(CheckpointError::Stale { name: name.clone(), expected, found }.into());
+            let projection = layout.check(self.read_model).await?;
+            if role.version(&projection) != Some(self.instance.version) {
+                return Err(CheckpointError::Changed { projection: name.clone() }.into());
             }
         }
         // Events written to an external read model during a reset would be lost. After reading the
@@ -251,7 +254,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
                 Some(epoch) => epoch,
                 None => {
                     let expected = Checkpoint { epoch: lease.epoch(), ..found };
-                    return Err(CheckpointError::Stale { name: name.clone(), expected, found }.into());
+                    return Err(CheckpointError::Stale { key: key.clone(), expected, found }.into());
                 }
             },
         };
@@ -260,8 +263,9 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
         let claimed = Checkpoint { epoch, position, ..found };
         // I3: also without a change: the checkpoint may be visible only because its wait for a
         // standby was cut short. Once this commit is durable, so is the earlier one.
-        let open = self.read_model.begin(row, found).await?;
-        self.read_model.commit(open, row, found, claimed, None).await?;
+        let open = self.read_model.begin(name, found, None).await?;
+        let claim = ProgressWrite::Checkpoint { key: key.clone(), from: found, to: claimed };
+        self.read_model.commit(open, vec![claim]).await?;
         Ok(Some(claimed))
     }
 }

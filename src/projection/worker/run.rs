@@ -15,7 +15,7 @@ use crate::partition::Partition;
 use crate::projection::interruption::Interruption;
 use crate::projection::layout::Role;
 use crate::projection::{Projection, ProjectionState, ReadModel};
-use crate::store::Checkpoint;
+use crate::store::{Checkpoint, ProgressWrite};
 use crate::telemetry::trace;
 
 /// Interval of saving a checkpoint that moved only over events of other projections.
@@ -183,8 +183,8 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
     async fn prepare(&mut self) -> Result<(), Interruption> {
         self.create().await?;
         if !self.fits && self.read_model.shared() {
-            self.context.layout.check(self.read_model).await?;
-            self.find_version().await?;
+            let projection = self.context.layout.check(self.read_model).await?;
+            self.find_version(&projection)?;
         }
         if !self.fits {
             self.fits = true;
@@ -195,7 +195,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
 
     pub(super) async fn create(&mut self) -> Result<(), Interruption> {
         if !self.prepared {
-            self.read_model.prepare(&self.context.store, &self.row).await?;
+            self.read_model.prepare(&self.context.store).await?;
             self.empty_memory().await?;
             self.load_snapshot().await?;
             self.prepared = true;
@@ -324,9 +324,9 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
     pub(super) async fn flush(&mut self) {
         let Some(saved) = self.saved.filter(|saved| saved.position < self.applied) else { return };
         let to = Checkpoint { position: self.applied, ..saved };
-        let row = &self.row;
-        let flushed = match self.read_model.begin(row, saved).await {
-            Ok(open) => self.read_model.commit(open, row, saved, to, None).await,
+        let write = ProgressWrite::Checkpoint { key: self.key.clone(), from: saved, to };
+        let flushed = match self.read_model.begin(&self.context.name, saved, None).await {
+            Ok(open) => self.read_model.commit(open, vec![write]).await,
             Err(error) => Err(error.into()),
         };
         match flushed {

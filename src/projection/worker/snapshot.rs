@@ -9,7 +9,7 @@ use super::task::ProjectionTask;
 use crate::event::{Position, Version};
 use crate::projection::interruption::Interruption;
 use crate::projection::{Projection, ReadModel};
-use crate::store::{Checkpoint, ParkedEvent, Snapshot, StoreError};
+use crate::store::{Checkpoint, ParkedEvent, ProgressWrite, Snapshot, StoreError};
 
 impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'_, P, R> {
     /// Starts from the snapshot, if there is one.
@@ -22,7 +22,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
         let floor = self.floor().await?;
         let Some(snapshotting) = &mut self.snapshotting else { return Ok(()) };
         let (TaskConfig { name, filter, store, .. }, snapshots) = (self.context, snapshotting.snapshots);
-        if self.read_model.checkpoint(&self.row).await? != Checkpoint::default() {
+        if self.read_model.checkpoint(&self.key).await? != Checkpoint::default() {
             // The task panicked; the state still has the applied events.
             snapshotting.unsaved = 1;
             return Ok(());
@@ -71,13 +71,11 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
     async fn start_at(&mut self, position: Position, parked: Vec<ParkedEvent>) -> Result<(), Interruption> {
         let none = Checkpoint::default();
         let to = Checkpoint { position, ..none };
-        // The checkpoint last: it marks the parked events as complete.
-        let steps = parked.into_iter().map(|event| (none, Some(event))).chain([(to, None)]);
-        for (to, parked) in steps {
-            let open = self.read_model.begin(&self.row, none).await?;
-            self.read_model.commit(open, &self.row, none, to, parked).await?;
-        }
-        Ok(())
+        let key = || self.key.clone();
+        let mut writes = vec![ProgressWrite::Checkpoint { key: key(), from: none, to }];
+        writes.extend(parked.into_iter().map(|event| ProgressWrite::Park { key: key(), event }));
+        let open = self.read_model.begin(&self.context.name, none, None).await?;
+        Ok(self.read_model.commit(open, writes).await?)
     }
 
     /// Counts applied events and takes a snapshot if it is due.
@@ -106,7 +104,11 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
         if !self.prepared {
             return;
         }
-        let parked = self.read_model.parked(&self.row, usize::MAX).await.map_or(0, |parked| parked.len());
+        let parked = self
+            .read_model
+            .parked(&self.key, Position::START, usize::MAX)
+            .await
+            .map_or(0, |parked| parked.len());
         // Also if a parked event was discarded meanwhile: the old snapshot would restore it.
         if (snapshotting.unsaved > 0 || snapshotting.parked != parked)
             && let Some(writing) = self.take_snapshot().await
@@ -132,9 +134,12 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
         let TaskConfig { name, filter, store, metrics, .. } = self.context;
         let taken = async {
             let position =
-                self.read_model.checkpoint(&self.row).await.map_err(|error| error.to_string())?.position;
-            let parked =
-                self.read_model.parked(&self.row, usize::MAX).await.map_err(|error| error.to_string())?;
+                self.read_model.checkpoint(&self.key).await.map_err(|error| error.to_string())?.position;
+            let parked = self
+                .read_model
+                .parked(&self.key, Position::START, usize::MAX)
+                .await
+                .map_err(|error| error.to_string())?;
             let (snapshots, filter, count) = (snapshotting.snapshots.clone(), filter.clone(), parked.len());
             // Encoding a large state takes long; other tasks keep this thread meanwhile.
             let packing = spawn_blocking(move || snapshots.pack(&filter, floor, &parked)).await;

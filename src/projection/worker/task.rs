@@ -17,7 +17,7 @@ use crate::event::{Position, RecordedEvent};
 use crate::lease::HeldLease;
 use crate::projection::control::Control;
 use crate::projection::{Projection, ReadModel};
-use crate::store::Checkpoint;
+use crate::store::{Checkpoint, CheckpointKey};
 use crate::supervised::Inbox;
 
 /// Maximum number of positions in a page of the store, regardless of matches.
@@ -60,8 +60,8 @@ pub(super) struct Suspect {
 pub(super) struct ProjectionTask<'a, P, R> {
     pub(super) context: &'a TaskConfig,
     pub(super) instance: &'a mut VersionedProjection<P>,
-    /// Name of its checkpoint, which is that of its version.
-    pub(super) row: String,
+    /// Key of its checkpoint, which is that of its version.
+    pub(super) key: CheckpointKey,
     pub(super) read_model: &'a R,
     pub(super) inbox: Inbox<Control>,
     /// The lease of this node as the owner of a shared read model.
@@ -86,8 +86,8 @@ pub(super) struct ProjectionTask<'a, P, R> {
     pub(super) paused_at: Option<Instant>,
     /// Whether a node changes shared state of the projection; nothing is applied meanwhile.
     pub(super) change_in_progress: bool,
-    /// Epoch of the last processed change of that kind; `None` before the first check.
-    pub(super) seen_epoch: Option<u64>,
+    /// Number of changes in the last lease view; `None` before the first one.
+    pub(super) seen_changes: Option<u64>,
     /// Whether there may be operator requests for a reset or a rebuild.
     pub(super) requests_due: bool,
     /// Whether there may be operator requests to retry parked events.
@@ -96,8 +96,8 @@ pub(super) struct ProjectionTask<'a, P, R> {
     pub(super) requests_at: Instant,
     /// Earliest time of the next attempt at retries of parked events.
     pub(super) retries_at: Instant,
-    /// Epochs of this task's own changes that it has not processed yet.
-    pub(super) own_epochs: Vec<u64>,
+    /// Numbers of this task's own changes that it has not processed yet.
+    pub(super) own_changes: Vec<u64>,
     /// Whether the projection stopped until an operator acts. In memory only: a restart clears it.
     pub(super) failed: bool,
     /// Whether to release the lease: the failure may be this node's only, so another node may
@@ -158,7 +158,7 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTa
         let now = Instant::now();
         Self {
             context,
-            row: context.layout.row(context.partition, instance.version),
+            key: context.layout.key(context.partition, instance.version),
             instance,
             read_model,
             inbox,
@@ -174,12 +174,12 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTa
             paused: None,
             paused_at: None,
             change_in_progress: false,
-            seen_epoch: None,
+            seen_changes: None,
             requests_due: true,
             retries_due: true,
             requests_at: now,
             retries_at: now,
-            own_epochs: Vec::new(),
+            own_changes: Vec::new(),
             failed: false,
             release_lease: false,
             saved: None,

@@ -13,7 +13,7 @@ pub(super) struct Timing {
     pub(super) hold: Option<(Instant, Instant)>,
     /// Time of the last apply.
     last: Option<Instant>,
-    /// Epoch of the last known trigger; `None` before the first lease view.
+    /// Number of triggers in the last lease view; `None` before the first one.
     pub(super) triggers: Option<u64>,
     /// Target of manual triggers; `None` if it must be read (again).
     pub(super) goal: Option<Position>,

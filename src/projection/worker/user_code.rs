@@ -9,7 +9,7 @@ use futures_util::FutureExt;
 use crate::event::RecordedEvent;
 use crate::outage;
 use crate::panic::panic_text;
-use crate::projection::{ApplyError, ControlError, Projection, ReadModel, TargetUnavailable, WaitError};
+use crate::projection::{ApplyError, ControlError, Projection, TargetUnavailable, WaitError};
 use crate::transient::causes;
 
 /// Applies one event; a panic becomes an error.
@@ -31,12 +31,12 @@ pub(super) async fn catch_panic(
 }
 
 /// Returns whether the error, or one of its causes, is transient and no fault of the event.
-pub(super) fn is_outage(read_model: &impl ReadModel, error: &ApplyError) -> bool {
+pub(super) fn is_outage(error: &ApplyError) -> bool {
     let transient = |cause: &(dyn Error + 'static)| {
         let control = cause.downcast_ref::<ControlError>().is_some_and(ControlError::is_transient);
         cause.is::<TargetUnavailable>()
             || control
             || cause.downcast_ref::<WaitError>().is_some_and(WaitError::is_transient)
     };
-    causes(&**error).any(transient) || outage::is_outage(&**error) || read_model.is_outage(&**error)
+    causes(&**error).any(transient) || outage::is_outage(&**error)
 }

@@ -14,15 +14,15 @@ use super::context::TaskConfig;
 use super::task::ProjectionTask;
 use super::user_code::catch_panic;
 use crate::event::Position;
-use crate::projection::layout::{Versions, bump};
+use crate::projection::layout::Layout;
 use crate::projection::{ControlError, Projection, ProjectionState, ReadModel};
-use crate::store::{Checkpoint, CheckpointError, StoreError};
+use crate::store::{Checkpoint, ProgressWrite, StoreError, StoredProjection, StoredRequest};
 
 impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'_, P, R> {
     /// Switches to the current version for this task's role.
-    pub(super) async fn find_version(&mut self) -> Result<(), StoreError> {
+    pub(super) fn find_version(&mut self, projection: &StoredProjection) -> Result<(), StoreError> {
         let context = self.context;
-        let version = context.version(self.read_model).await?;
+        let version = context.role.version(projection);
         self.dormant = version.is_none();
         context.status.send_if_modified(|status| {
             if version.is_none() {
@@ -54,7 +54,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
             self.switch_backoff.succeeded();
             context.status.send_modify(|status| status.measured = None);
         }
-        self.row = context.layout.row(context.partition, version);
+        self.key = context.layout.key(context.partition, version);
         context.status.send_modify(|status| status.version = version);
         Ok(())
     }
@@ -78,10 +78,10 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
     /// Begins to build the next version, unless a rebuild is in progress.
     ///
     /// With `requested`, only if that request still exists.
-    pub(super) async fn rebuild(&mut self, requested: Option<&str>) -> Result<(), ControlError> {
+    pub(super) async fn rebuild(&mut self, requested: Option<&StoredRequest>) -> Result<(), ControlError> {
         self.create().await.map_err(interrupted(self.context))?;
         self.rebuildable()?;
-        match self.patiently(Change::BeginRebuild { requested }).await? {
+        match self.patiently(Change::BeginRebuild, requested).await? {
             true => self.notify_tasks().await,
             false => Ok(()),
         }
@@ -99,89 +99,73 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
     }
 
     /// Begins a rebuild; returns whether the request still existed.
-    pub(super) async fn begin_rebuild(&mut self, requested: Option<&str>) -> Result<bool, ControlError> {
-        let (context, read_model) = (self.context, self.read_model);
-        let record = context.layout.version();
-        let found = read_model.checkpoint(&record).await?;
-        let versions = Versions::from(found);
-        if versions.rebuilt.is_some() {
-            return self.nothing_to_do(requested, &record, found).await;
+    pub(super) async fn begin_rebuild(
+        &mut self,
+        requested: Option<&StoredRequest>,
+    ) -> Result<bool, ControlError> {
+        let (TaskConfig { name, .. }, read_model) = (self.context, self.read_model);
+        let found = read_model.projection(name).await?;
+        if found.building_version.is_some() {
+            if requested.is_none() {
+                return Ok(true);
+            }
+            let mut open = read_model.begin(name, Checkpoint::default(), None).await?;
+            let removed = self.remove_request(&mut open, requested).await;
+            return self.end(open, removed.map(|removed| removed.then(Vec::new))).await;
         }
-        let next = versions.next();
-        let wanted = Versions { rebuilt: Some(next), ..versions }.record(found);
+        let next = found.live_version + 1;
         let mut projection = self.rebuildable()?(next);
-        let mut open = self.read_model.begin(&record, found).await?;
-        let result = async {
-            read_model.bound(&mut open, ORDER + GRACE).await?;
+        let mut open = read_model.begin(name, Checkpoint::default(), Some(ORDER + GRACE)).await?;
+        let change = async {
             // First, and held until the end: an earlier build may be discarded concurrently.
-            read_model.save(&mut open, &record, found, wanted).await.map_err(refused(self.context))?;
+            let building = StoredProjection { building_version: Some(next), ..found };
+            self.change_projection(&mut open, found, building).await?;
             let transaction = read_model.transaction(&mut open);
             let created = catch_panic(async { projection.reset(transaction).await }).await;
-            created.map_err(|error| blame(context, read_model, &error))?;
+            created.map_err(|error| blame(self.context, &error))?;
             // Last: during a vain wait above, the request is not locked and can still be refused.
-            match requested {
-                Some(request) => Ok(read_model.unpark(&mut open, request, Position::START).await?),
-                None => Ok(true),
-            }
+            Ok(self.remove_request(&mut open, requested).await?.then(Vec::new))
         };
-        match timeout(ORDER, result).await {
-            Ok(Ok(true)) => {}
-            Ok(other) => {
-                self.roll_back(open).await;
-                return other;
-            }
-            Err(_) => return Err(self.locked(ORDER, "could not be created; request the rebuild again")),
+        let Ok(change) = timeout(ORDER, change).await else {
+            return Err(self.locked(ORDER, "could not be created; request the rebuild again"));
+        };
+        let begun = self.end(open, change).await?;
+        if begun {
+            tracing::info!(
+                projection = name,
+                version = next,
+                "began to rebuild the read model beside the live one"
+            );
         }
-        self.read_model.commit(open, &record, wanted, wanted, None).await.map_err(refused(self.context))?;
-        tracing::info!(
-            projection = context.name,
-            version = next,
-            "began to rebuild the read model beside the live one"
-        );
-        Ok(true)
+        Ok(begun)
     }
 
-    /// Deletes a request that is already fulfilled; returns whether it still existed.
-    async fn nothing_to_do(
+    /// Writes the versions within a transaction.
+    async fn change_projection(
         &mut self,
-        requested: Option<&str>,
-        record: &str,
-        found: Checkpoint,
-    ) -> Result<bool, ControlError> {
-        let Some(request) = requested else { return Ok(true) };
-        let mut open = self.read_model.begin(record, found).await?;
-        match self.read_model.unpark(&mut open, request, Position::START).await {
-            Ok(true) => {
-                self.read_model
-                    .commit(open, record, found, found, None)
-                    .await
-                    .map_err(refused(self.context))?;
-                Ok(true)
-            }
-            other => {
-                self.roll_back(open).await;
-                Ok(other?)
-            }
-        }
+        open: &mut R::Open,
+        from: StoredProjection,
+        to: StoredProjection,
+    ) -> Result<(), ControlError> {
+        let write = ProgressWrite::Projection { name: self.context.name.clone(), from, to };
+        self.read_model.write(open, write).await.map_err(refused(self.context))
     }
 
     /// Cancels the rebuild, if there is one. With `requested`, only if that request still exists.
-    pub(super) async fn cancel_rebuild(&mut self, requested: Option<&str>) -> Result<(), ControlError> {
+    pub(super) async fn cancel_rebuild(
+        &mut self,
+        requested: Option<&StoredRequest>,
+    ) -> Result<(), ControlError> {
         self.create().await.map_err(interrupted(self.context))?;
         self.rebuildable()?;
-        let asked = match requested {
-            // A repeated request moves this checkpoint.
-            Some(row) => Some((row, self.read_model.checkpoint(row).await?)),
-            None => None,
-        };
-        if !self.patiently(Change::EndRebuild { requested }).await? {
+        if !self.patiently(Change::EndRebuild, requested).await? {
             return Ok(());
         }
         let dropped = async {
             self.notify_tasks().await?;
             // Tasks in the middle of a transaction can no longer commit, and have released the
             // tables or are about to.
-            self.patiently(Change::Discard { asked }).await
+            self.patiently(Change::DropVersion, requested).await
         };
         dropped.await.map(drop).map_err(|error| {
             let reason = match error {
@@ -198,99 +182,81 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
     /// Ends the rebuild and moves its checkpoints to the start of the next one.
     ///
     /// Returns whether the request still existed. The request stays until the data is dropped, too.
-    pub(super) async fn end_rebuild(&mut self, requested: Option<&str>) -> Result<bool, ControlError> {
-        let (TaskConfig { layout, name, .. }, read_model) = (self.context, self.read_model);
-        let record = layout.version();
-        let found = self.read_model.checkpoint(&record).await?;
-        let versions = Versions::from(found);
-        if let Some(request) = requested
-            && ReadModel::parked(read_model, request, 1).await?.iter().all(|kept| kept.attempts > 0)
+    pub(super) async fn end_rebuild(
+        &mut self,
+        requested: Option<&StoredRequest>,
+    ) -> Result<bool, ControlError> {
+        let (TaskConfig { name, .. }, read_model) = (self.context, self.read_model);
+        if let Some(requested) = requested
+            && !self.is_waiting(requested).await?
         {
             return Ok(false);
         }
-        let Some(version) = versions.rebuilt else { return Ok(true) };
-        let ended = Versions { rebuilt: None, ..versions }.record(found);
-        // The rebuild has as many parts as it began with, independent of this program's setting.
-        // That number is constant during a rebuild. It is read outside the transaction: inside, it
-        // would need a second connection.
-        let parts: Vec<_> = layout.as_recorded(read_model).await?.parts().collect();
-        let mut open = self.read_model.begin(&record, found).await?;
-        let result = async {
-            read_model.save(&mut open, &record, found, ended).await.map_err(refused(self.context))?;
-            for part in parts {
-                let row = layout.row(part, version);
-                let found = read_model.adopt(&mut open, &row).await?;
-                let restarted = Checkpoint { position: Position::START, ..bump(found) };
-                self.read_model
-                    .save(&mut open, &row, found, restarted)
-                    .await
-                    .map_err(refused(self.context))?;
-                self.read_model.unpark_all(&mut open, &row).await?;
+        let Some(version) = read_model.projection(name).await?.building_version else { return Ok(true) };
+        let mut open = read_model.begin(name, Checkpoint::default(), None).await?;
+        let change = async {
+            let found = read_model.adopt(&mut open, name).await?;
+            if found.projection.building_version != Some(version) {
+                return Err(self.versions_changed("ending the rebuild"));
             }
-            Ok(true)
+            let ended = StoredProjection { building_version: None, ..found.projection };
+            self.change_projection(&mut open, found.projection, ended).await?;
+            let mut writes = Vec::new();
+            // The rebuild has as many parts as it began with, independent of this program's setting.
+            for key in Layout::new(name, found.projection.partitions).keys(version) {
+                let from = found.checkpoint(&key);
+                let to = Checkpoint { position: Position::START, ..from.next_generation() };
+                writes.push(ProgressWrite::Checkpoint { key: key.clone(), from, to });
+                writes.push(ProgressWrite::UnparkAll { key });
+            }
+            Ok(Some(writes))
         };
-        match result.await {
-            Ok(true) => {}
-            other => {
-                self.roll_back(open).await;
-                return other;
-            }
-        }
-        self.read_model.commit(open, &record, ended, ended, None).await.map_err(refused(self.context))?;
+        let change = change.await;
+        self.end(open, change).await?;
         tracing::info!(projection = name, version, "cancelled the rebuild");
         Ok(true)
     }
 
-    /// Drops the data of the next version, unless a new rebuild writes to it.
+    pub(super) fn versions_changed(&self, doing: &str) -> ControlError {
+        let reason = format!("{doing} failed: the versions have changed");
+        ControlError::Conflict { name: self.context.name.clone(), reason }
+    }
+
+    /// Drops the data of the next version, unless a new rebuild writes to it; deletes the request.
     pub(super) async fn drop_version(
         &mut self,
-        asked: Option<(&str, Checkpoint)>,
-    ) -> Result<(), ControlError> {
-        let (context, read_model) = (self.context, self.read_model);
-        let record = context.layout.version();
-        let found = read_model.checkpoint(&record).await?;
-        let versions = Versions::from(found);
-        let rebuilding = versions.rebuilt.is_some();
-        if rebuilding && asked.is_none() {
-            return Ok(());
+        requested: Option<&StoredRequest>,
+    ) -> Result<bool, ControlError> {
+        let (TaskConfig { name, .. }, read_model) = (self.context, self.read_model);
+        let found = read_model.projection(name).await?;
+        let rebuilding = found.building_version.is_some();
+        if rebuilding && requested.is_none() {
+            return Ok(true);
         }
-        let mut projection = self.rebuildable()?(versions.next());
-        // I7: no reader uses this position, but writers that know the old value are fenced and wait
-        // for this commit.
-        let to = Checkpoint { position: Position::new(found.position.get() + 1), ..found };
-        let mut open = self.read_model.begin(&record, found).await?;
-        let result = async {
-            read_model.bound(&mut open, ORDER + GRACE).await?;
-            read_model.save(&mut open, &record, found, to).await.map_err(refused(self.context))?;
+        let mut projection = self.rebuildable()?(found.live_version + 1);
+        let mut open = read_model.begin(name, Checkpoint::default(), Some(ORDER + GRACE)).await?;
+        let change = async {
+            // I7: the new revision fences writers that know the old one; they wait for this commit.
+            self.change_projection(&mut open, found, found).await?;
             if !rebuilding {
                 let transaction = read_model.transaction(&mut open);
                 let discarded = catch_panic(async { projection.drop_version(transaction).await }).await;
-                discarded.map_err(|error| blame(context, read_model, &error))?;
+                discarded.map_err(|error| blame(self.context, &error))?;
             }
-            let Some((request, found)) = asked else { return Ok(()) };
-            match read_model.save(&mut open, request, found, bump(found)).await {
-                Ok(()) => read_model.unpark(&mut open, request, Position::START).await.map(drop)?,
-                // The request was made again meanwhile, and is executed again.
-                Err(CheckpointError::Stale { .. }) => {}
-                Err(CheckpointError::Store(error)) => return Err(error.into()),
-            }
-            Ok(())
+            // A request that was made again meanwhile is executed again.
+            self.remove_request(&mut open, requested).await?;
+            Ok(Some(Vec::new()))
         };
-        match timeout(ORDER, result).await {
-            Ok(Ok(())) => {}
-            Ok(Err(error)) => {
-                self.roll_back(open).await;
-                return Err(error);
-            }
-            Err(_) => return Err(self.locked(ORDER, "could not be dropped")),
+        match timeout(ORDER, change).await {
+            Ok(change) => self.end(open, change).await,
+            Err(_) => Err(self.locked(ORDER, "could not be dropped")),
         }
-        self.read_model.commit(open, &record, to, to, None).await.map_err(refused(self.context))
     }
 
     /// Returns the error for a wait for locked tables beyond the limit.
     ///
     /// The transaction is dropped and not rolled back here, because the rollback would wait for the
-    /// same lock. If the database continues to wait, its own [limit](ReadModel::bound) ends that.
+    /// same lock. If the database continues to wait, its own [limit](ReadModel::begin) ends that.
     pub(super) fn locked(&self, limit: Duration, what: &str) -> ControlError {
         let reason = format!("within {limit:?}, the tables of the rebuilt version {what}");
         ControlError::Refused { name: self.context.name.clone(), reason }

@@ -4,7 +4,7 @@ use uuid::Uuid;
 
 use crate::bus::BusError;
 use crate::event::Position;
-use crate::store::{CheckpointError, StoreError};
+use crate::store::{PublisherCheckpoint, StoreError};
 
 /// The reason why publishing was interrupted.
 #[derive(Debug, thiserror::Error)]
@@ -13,8 +13,12 @@ pub(super) enum Interruption {
     Bus(#[from] BusError),
     #[error(transparent)]
     Store(#[from] StoreError),
-    #[error(transparent)]
-    Checkpoint(#[from] CheckpointError),
+    #[error(
+        "saving the checkpoint of the publisher failed: another publisher has moved it (expected \
+         position {} in epoch {})",
+        expected.position, expected.epoch
+    )]
+    Fenced { expected: PublisherCheckpoint },
     #[error(
         "the log stream ends at position {log_stream}, but the log at {log}: the store was restored \
          from an older state, and new events would contradict events that others have read; give \
@@ -45,7 +49,7 @@ impl Interruption {
         match self {
             Self::Bus(error) => error.kind(),
             Self::Store(error) => error.kind(),
-            Self::Checkpoint(_) => "checkpoint",
+            Self::Fenced { .. } => "checkpoint",
             Self::Ahead { .. } => "ahead",
             Self::Diverged { .. } => "diverged",
             Self::Unstable { .. } => "unstable",

@@ -181,7 +181,7 @@ impl PublisherTerm<'_> {
 
     /// Saves the checkpoint after its interval, or after many messages.
     async fn save_if_due(&mut self) -> Result<(), Interruption> {
-        let unsaved = self.end.sequence.saturating_sub(self.saved.mark);
+        let unsaved = self.end.sequence.saturating_sub(self.saved.sequence);
         if self.save_at <= Instant::now() || unsaved >= SAVE_AFTER {
             self.save().await?;
         }

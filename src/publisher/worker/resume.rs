@@ -4,7 +4,6 @@ use uuid::Uuid;
 
 use super::claims::{Walk, find_end};
 use super::interruption::Interruption;
-use super::shared::NAME;
 use super::term::PublisherTerm;
 use crate::bus::{BusPublisher, Claim, ClaimedEvent, LogStreamEnd, Resume};
 use crate::event::Position;
@@ -14,9 +13,9 @@ impl PublisherTerm<'_> {
     /// Determines where to continue.
     pub(super) async fn resume(&mut self, publisher: &mut dyn BusPublisher) -> Result<(), Interruption> {
         let shared = self.shared;
-        self.saved = shared.store.checkpoint(NAME).await?;
+        self.saved = shared.store.publisher_checkpoint().await?;
         self.epoch = self.lease.epoch_above(self.saved.epoch).await?.ok_or(Interruption::LeaseLost)?;
-        let known = LogStreamEnd { position: self.saved.position, sequence: self.saved.mark };
+        let known = LogStreamEnd { position: self.saved.position, sequence: self.saved.sequence };
         self.end = match publisher.resume(known).await? {
             Resume::After(end) => self.confirm(publisher, known, end).await?,
             Resume::AtHighWaterMark => {
@@ -53,7 +52,7 @@ impl PublisherTerm<'_> {
         let mut claims = publisher.claims().await?;
         let Some(first) = claims.first().copied() else { return Ok(end) };
         // This process published nothing after the end at which it was fenced.
-        let fenced = *self.fenced == Some(self.saved) && known.sequence == self.saved.mark;
+        let fenced = *self.fenced == Some(self.saved) && known.sequence == self.saved.sequence;
         let mut walk = if known.sequence > 0 && first.sequence == known.sequence {
             if self.is_recreated(known, first).await? {
                 let known = LogStreamEnd::default();

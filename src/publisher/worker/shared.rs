@@ -17,7 +17,7 @@ use crate::store::EventStore;
 use crate::telemetry::trace::{self, Destination, Publishing};
 use crate::telemetry::{Metrics, Timer};
 
-/// Name of the lease and of the checkpoint.
+/// Name of the lease.
 pub(super) const NAME: &str = "publisher";
 
 pub(super) struct Shared {

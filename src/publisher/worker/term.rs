@@ -5,12 +5,12 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::interruption::Interruption;
-use super::shared::{NAME, Shared};
+use super::shared::Shared;
 use crate::backoff::Backoff;
 use crate::bus::{BusError, LogStreamEnd};
 use crate::lease::HeldLease;
 use crate::rate_limit::LogLimit;
-use crate::store::Checkpoint;
+use crate::store::PublisherCheckpoint;
 
 /// Minimum interval between two checkpoint writes while few events are published.
 /// After a crash, the messages that the log stream got since are compared with the log.
@@ -23,7 +23,7 @@ pub(super) struct PublisherTerm<'a> {
     /// Epoch under which the checkpoint is written.
     pub(super) epoch: u64,
     /// The checkpoint in the store.
-    pub(super) saved: Checkpoint,
+    pub(super) saved: PublisherCheckpoint,
     /// End of the last confirmed publish.
     pub(super) end: LogStreamEnd,
     /// Earliest time of the next checkpoint write.
@@ -33,7 +33,7 @@ pub(super) struct PublisherTerm<'a> {
     pub(super) backoff: &'a mut Backoff,
     /// Checkpoint that this process wrote when a message of another program fenced it.
     /// It is exactly the end of the log stream.
-    pub(super) fenced: &'a mut Option<Checkpoint>,
+    pub(super) fenced: &'a mut Option<PublisherCheckpoint>,
     /// Counter of messages that are not events of the log.
     pub(super) foreign: &'a mut LogLimit,
 }
@@ -47,9 +47,12 @@ impl PublisherTerm<'_> {
     /// Saves the checkpoint.
     pub(super) async fn save(&mut self) -> Result<(), Interruption> {
         self.save_at = Instant::now() + SAVE_EVERY;
-        let to = Checkpoint { position: self.end.position, epoch: self.epoch, mark: self.end.sequence };
+        let LogStreamEnd { position, sequence } = self.end;
+        let to = PublisherCheckpoint { position, epoch: self.epoch, sequence };
         if to != self.saved {
-            self.shared.store.save_checkpoint(NAME, self.saved, to, None).await?;
+            if !self.shared.store.save_publisher_checkpoint(self.saved, to).await? {
+                return Err(Interruption::Fenced { expected: self.saved });
+            }
             self.saved = to;
         }
         Ok(())

@@ -24,7 +24,8 @@ pub(super) async fn adopt(core: &Arc<PgInner>, adopt: Adopt) -> Result<Uuid, Sto
         Adopt::Copy => {
             let new = Uuid::new_v4();
             query(&sql.new_identity).bind(new.to_string()).execute(&mut *session).await.map_err(adopting)?;
-            query(&sql.disown_publisher).bind(old).execute(&mut *session).await.map_err(adopting)?;
+            query(&sql.disown_publisher).execute(&mut *session).await.map_err(adopting)?;
+            query(&sql.own_projections).bind(old).bind(new).execute(&mut *session).await.map_err(adopting)?;
             query(&sql.own_checkpoints).bind(old).bind(new).execute(&mut *session).await.map_err(adopting)?;
             query(&sql.free_leases).execute(&mut *session).await.map_err(adopting)?;
             new

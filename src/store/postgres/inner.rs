@@ -4,14 +4,14 @@ use std::future::Future;
 use std::sync::Arc;
 
 use super::super::page_size::PageSizer;
+use super::super::sql::{Controls, Progress};
 use super::super::{StoreError, StoreInfo};
 use super::command_batchers::CommandBatchers;
 use super::connection::Connections;
 use super::high_water_mark::HighWaterMark;
-use super::notices;
-use super::progress::Progress;
 use super::statements::{LogSql, Schema};
 use super::stuck::Stuck;
+use super::{notices, progress};
 
 /// The state shared by calls and the tailer.
 pub(super) struct PgInner {
@@ -20,6 +20,7 @@ pub(super) struct PgInner {
     pub(super) indexed_by_name: bool,
     pub(super) sql: LogSql,
     pub(super) progress: Progress,
+    pub(super) controls: Controls,
     pub(super) connections: Arc<Connections>,
     pub(super) high_water_mark: HighWaterMark,
     pub(super) page_sizer: PageSizer,
@@ -38,8 +39,9 @@ impl PgInner {
         Self {
             info,
             indexed_by_name,
-            sql: LogSql::new(schema),
-            progress: Progress::new(schema, connections.persistent()),
+            sql: LogSql::new(|sql| schema.text(sql)),
+            progress: progress::of_store(schema, connections.persistent()),
+            controls: Controls::new(|sql| schema.text(sql), connections.persistent()),
             connections,
             high_water_mark: HighWaterMark::new(notifies_others),
             page_sizer: PageSizer::default(),

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use sqlx::{AssertSqlSafe, SqlSafeStr, SqlStr};
 
 use super::super::StoreError;
+use super::super::sql::statements;
 
 /// A schema with a checked name.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -52,22 +53,6 @@ impl Schema {
         let sql: Arc<str> = sql.replace("storied.", &format!("\"{}\".", self.0)).into();
         AssertSqlSafe(sql).into_sql_str()
     }
-}
-
-macro_rules! statements {
-    ($(#[$doc:meta])* $name:ident { $($field:ident: $sql:expr,)+ }) => {
-        $(#[$doc])*
-        #[derive(Debug, Clone)]
-        pub(crate) struct $name {
-            $(pub(crate) $field: SqlStr,)+
-        }
-
-        impl $name {
-            pub(crate) fn new(schema: &Schema) -> Self {
-                Self { $($field: schema.text($sql),)+ }
-            }
-        }
-    };
 }
 
 statements! {
@@ -166,13 +151,11 @@ statements! {
             ON CONFLICT (key) DO UPDATE SET value = excluded.value",
         new_identity: "UPDATE storied.meta SET value = $1 WHERE key = 'store_id'",
         // The publisher of the copy cannot use the checkpoint of the original's bus.
-        disown_publisher: "DELETE FROM storied.checkpoints WHERE name = 'publisher' AND store_id = $1",
+        disown_publisher: "DELETE FROM storied.publisher",
+        own_projections: "UPDATE storied.projections SET store_id = $2 WHERE store_id = $1",
         own_checkpoints: "UPDATE storied.checkpoints SET store_id = $2 WHERE store_id = $1",
         // The epochs stay, because checkpoints contain them.
         free_leases: "UPDATE storied.leases SET expires_at = 'epoch'",
-        paused: "SELECT name FROM storied.paused",
-        pause: "INSERT INTO storied.paused (name) VALUES ($1) ON CONFLICT DO NOTHING",
-        resume: "DELETE FROM storied.paused WHERE name = $1",
         acquire_lease: "INSERT INTO storied.leases AS l (name, owner, epoch, expires_at, ttl)
             VALUES ($1, $2, 1, clock_timestamp() + $3 * interval '1 microsecond', $3)
             ON CONFLICT (name) DO UPDATE SET
@@ -220,48 +203,5 @@ statements! {
             SELECT id FROM storied.commands
             WHERE recorded_at <= (SELECT clock_timestamp() - $1 * interval '1 microsecond')
             ORDER BY recorded_at LIMIT $2 FOR UPDATE SKIP LOCKED))",
-    }
-}
-
-statements! {
-    /// The statements of checkpoints and parked events, in whichever schema they are.
-    ProgressSql {
-        adopt: "UPDATE storied.checkpoints SET store_id = $2 WHERE name = $1 AND store_id <> $2",
-        load: "SELECT position, epoch, mark, store_id FROM storied.checkpoints WHERE name = $1",
-        records: "SELECT c.name, c.position, c.epoch, c.mark, c.store_id, c.updated_at,
-                (SELECT count(*) FROM storied.parked AS p WHERE p.name = c.name)
-            FROM storied.checkpoints AS c ORDER BY c.name",
-        // A name that was never saved is at the default checkpoint, so only from there a row is
-        // created.
-        create: "INSERT INTO storied.checkpoints AS c (name, position, epoch, mark, store_id)
-            VALUES ($1, $2, $3, $4, $5)
-            ON CONFLICT (name) DO UPDATE
-            SET position = $2, epoch = $3, mark = $4, updated_at = clock_timestamp()
-            WHERE c.store_id = $5 AND c.position = $6 AND c.epoch = $7 AND c.mark = $8",
-        update: "UPDATE storied.checkpoints
-            SET position = $2, epoch = $3, mark = $4, updated_at = clock_timestamp()
-            WHERE name = $1 AND store_id = $5 AND position = $6 AND epoch = $7 AND mark = $8",
-        // A setting that ends with the transaction. After an end within `apply` it is empty or NULL.
-        is_marked: "SELECT pg_catalog.current_setting('storied_transaction.state', true) IS NOT DISTINCT FROM 'open'",
-        create_marked: "INSERT INTO storied.checkpoints AS c (name, position, epoch, mark, store_id)
-            SELECT $1::text, $2::bigint, $3::bigint, $4::bigint, $5::uuid
-            WHERE pg_catalog.current_setting('storied_transaction.state', true) = 'open'
-            ON CONFLICT (name) DO UPDATE
-            SET position = $2, epoch = $3, mark = $4, updated_at = clock_timestamp()
-            WHERE c.store_id = $5 AND c.position = $6 AND c.epoch = $7 AND c.mark = $8",
-        update_marked: "UPDATE storied.checkpoints
-            SET position = $2, epoch = $3, mark = $4, updated_at = clock_timestamp()
-            WHERE name = $1 AND store_id = $5 AND position = $6 AND epoch = $7 AND mark = $8
-                AND pg_catalog.current_setting('storied_transaction.state', true) = 'open'",
-        park: "INSERT INTO storied.parked
-                (name, position, event_id, category, stream_id, version, event_name, error, attempts, parked_at)
-            VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)
-            ON CONFLICT (name, position) DO UPDATE
-            SET event_id = $3, category = $4, stream_id = $5, version = $6, event_name = $7, error = $8,
-                attempts = $9, parked_at = $10",
-        parked: "SELECT position, event_id, category, stream_id, version, event_name, error, attempts, parked_at
-            FROM storied.parked WHERE name = $1 ORDER BY position LIMIT $2",
-        unpark: "DELETE FROM storied.parked WHERE name = $1 AND position = $2",
-        unpark_all: "DELETE FROM storied.parked WHERE name = $1",
     }
 }

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use chrono::{DateTime, Utc};
+use sqlx::AssertSqlSafe;
 use sqlx::sqlite::SqliteConnection;
 use uuid::Uuid;
 
@@ -104,17 +105,16 @@ pub(super) async fn adopt(
     }
     if adopt == Adopt::Copy {
         // The publisher of the copy cannot use the checkpoint of the original's bus.
-        sqlx::query("DELETE FROM storied_checkpoints WHERE name = 'publisher' AND store_id = ?")
-            .bind(old)
-            .execute(&mut *connection)
-            .await
-            .map_err(adopting)?;
-        sqlx::query("UPDATE storied_checkpoints SET store_id = ?2 WHERE store_id = ?1")
-            .bind(old)
-            .bind(new)
-            .execute(&mut *connection)
-            .await
-            .map_err(adopting)?;
+        sqlx::query("DELETE FROM storied_publisher").execute(&mut *connection).await.map_err(adopting)?;
+        for table in ["projections", "checkpoints"] {
+            let sql = format!("UPDATE storied_{table} SET store_id = ?2 WHERE store_id = ?1");
+            sqlx::query(AssertSqlSafe(sql))
+                .bind(old)
+                .bind(new)
+                .execute(&mut *connection)
+                .await
+                .map_err(adopting)?;
+        }
         // The epochs stay, because checkpoints contain them.
         sqlx::query("UPDATE storied_leases SET expires_at = 0")
             .execute(connection)

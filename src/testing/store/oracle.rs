@@ -13,7 +13,8 @@ use super::fixture::{
 };
 use crate::event::{RecordedEvent, Version};
 use crate::store::{
-    Append, AppendError, Checkpoint, EventStore, ExpectedVersion, Filter, ReadLog, StreamAppend,
+    Append, AppendError, Checkpoint, CheckpointKey, EventStore, ExpectedVersion, Filter, ProgressWrite,
+    ReadLog, StreamAppend,
 };
 
 /// Runs 16 concurrent appenders on one stream, each expecting the version that it read.
@@ -156,6 +157,7 @@ async fn follow(
     let mut dice = Dice::new();
     let mut seen: Vec<RecordedEvent> = Vec::new();
     let mut checkpoint = Checkpoint::default();
+    let key = CheckpointKey::new(name);
     loop {
         let finished = done.load(Ordering::SeqCst);
         let page = store
@@ -165,13 +167,14 @@ async fn follow(
         assert!(page.scanned_to <= page.head.max(checkpoint.position));
         seen.extend(page.events.iter().cloned());
         if dice.below(10) == 0 {
-            checkpoint = store.checkpoint(&name).await.unwrap();
+            checkpoint = store.checkpoint(&key).await.unwrap();
             seen.retain(|event| event.position <= checkpoint.position);
             continue;
         }
         let to = Checkpoint { position: page.scanned_to, ..checkpoint };
         if to != checkpoint {
-            store.save_checkpoint(&name, checkpoint, to, None).await.unwrap();
+            let write = ProgressWrite::Checkpoint { key: key.clone(), from: checkpoint, to };
+            store.write_progress(vec![write]).await.unwrap();
             checkpoint = to;
         }
         if !page.has_more() {

@@ -12,8 +12,8 @@ use bytes::Bytes;
 use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection};
 use sqlx::{ConnectOptions, Connection, Executor};
 use storied::store::{
-    Append, AppendError, Appended, Checkpoint, CheckpointError, EventStore, ExpectedVersion, ReadLog,
-    StreamAppend,
+    Append, AppendError, Appended, Checkpoint, CheckpointError, CheckpointKey, ControlChange, EventStore,
+    ExpectedVersion, ProgressWrite, ReadLog, StreamAppend,
 };
 use storied::testing::store::Database;
 use storied::{
@@ -100,21 +100,25 @@ fn refused<T: std::fmt::Debug>(answer: Result<T, AppendError>) -> StoreError {
     }
 }
 
+async fn save(store: &SqliteStore, from: Checkpoint, to: Checkpoint) -> Result<(), CheckpointError> {
+    store.write_progress(vec![ProgressWrite::Checkpoint { key: CheckpointKey::new("p"), from, to }]).await
+}
+
 #[tokio::test]
 async fn everything_survives_reopening() {
     let (_directory, path) = file();
     let store = SqliteStore::open(&path).await.unwrap();
     append(&store, one("a", "order.placed")).await.unwrap();
-    let at = Checkpoint { position: Position::new(1), epoch: 1, mark: 1 };
-    store.save_checkpoint("p", Checkpoint::default(), at, None).await.unwrap();
-    store.set_paused("p", true).await.unwrap();
+    let at = Checkpoint { position: Position::new(1), epoch: 1, generation: 1, delivered: Position::new(7) };
+    save(&store, Checkpoint::default(), at).await.unwrap();
+    store.control("p", ControlChange::Pause).await.unwrap();
     let lease = store.acquire_lease("l", Uuid::new_v4(), Duration::from_secs(60)).await.unwrap().unwrap();
     drop(store);
 
     let store = SqliteStore::open(&path).await.unwrap();
     assert_eq!(*store.appended().borrow(), Position::new(1));
-    assert_eq!(store.checkpoint("p").await.unwrap(), at);
-    assert!(store.paused().await.unwrap().contains("p"));
+    assert_eq!(store.checkpoint(&CheckpointKey::new("p")).await.unwrap(), at);
+    assert!(store.controls().await.unwrap()["p"].paused);
     assert_eq!(store.leases().await.unwrap()[0].lease, lease);
     append(&store, one("a", "order.placed")).await.unwrap();
     assert_sound(&store, 2).await;
@@ -251,7 +255,7 @@ async fn a_locked_database_is_unavailable_until_released() {
         assert!(matches!(error, StoreError::Unavailable { .. }) && error.is_transient(), "{error:?}");
     }
     assert!(started.elapsed() < Duration::from_secs(5));
-    let moved = store.save_checkpoint("p", Checkpoint::default(), Checkpoint::default(), None).await;
+    let moved = save(&store, Checkpoint::default(), Checkpoint::default()).await;
     assert!(matches!(moved, Err(CheckpointError::Store(StoreError::Unavailable { .. }))), "{moved:?}");
     assert_eq!(log(&store).await.len(), 1, "reads go on");
     lock.rollback().await.unwrap();
@@ -345,13 +349,13 @@ async fn a_failed_commit_is_reported() {
 async fn the_checkpoint_of_another_store_is_refused() {
     let (_directory, path) = file();
     let store = SqliteStore::open(&path).await.unwrap();
-    let at = Checkpoint { position: Position::new(5), epoch: 1, mark: 0 };
-    store.save_checkpoint("p", Checkpoint::default(), at, None).await.unwrap();
+    let at = Checkpoint { position: Position::new(5), epoch: 1, ..Checkpoint::default() };
+    save(&store, Checkpoint::default(), at).await.unwrap();
     stranger(&path).await.execute("UPDATE storied_checkpoints SET store_id = randomblob(16)").await.unwrap();
-    let error = store.checkpoint("p").await.unwrap_err();
+    let error = store.checkpoint(&CheckpointKey::new("p")).await.unwrap_err();
     assert!(matches!(error, StoreError::Incompatible { .. }), "{error:?}");
     for from in [at, Checkpoint::default()] {
-        let saved = store.save_checkpoint("p", from, at, None).await;
+        let saved = save(&store, from, at).await;
         assert!(matches!(saved, Err(CheckpointError::Store(StoreError::Incompatible { .. }))), "{saved:?}");
     }
 }

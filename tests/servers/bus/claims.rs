@@ -6,7 +6,7 @@ use std::time::Duration;
 use async_nats::HeaderMap;
 use async_nats::jetstream::stream::Stream;
 use storied::bus::{NatsBus, NatsOptions};
-use storied::store::Checkpoint;
+use storied::store::PublisherCheckpoint;
 use storied::testing::Node;
 use storied::{
     EventStore, FeedOptions, MemoryStore, Position, PublisherOptions, PublisherState, RecordedEvent,
@@ -286,10 +286,10 @@ async fn messages_after_the_checkpoint_are_found() {
         for sequence in deleted {
             scene.stream().await.delete_message(*sequence).await.unwrap();
         }
-        let saved = scene.store.checkpoint("publisher").await.unwrap();
-        assert_eq!((saved.position.get(), saved.mark), (20, 20));
-        let crashed = Checkpoint { position: Position::new(at), mark: at, ..saved };
-        scene.store.save_checkpoint("publisher", saved, crashed, None).await.unwrap();
+        let saved = scene.store.publisher_checkpoint().await.unwrap();
+        assert_eq!((saved.position.get(), saved.sequence), (20, 20));
+        let crashed = PublisherCheckpoint { position: Position::new(at), sequence: at, ..saved };
+        assert!(scene.store.save_publisher_checkpoint(saved, crashed).await.unwrap());
         let node = scene.node().await;
         write(&scene.store, 0, 3).await;
         scene.published(&node).await;
@@ -351,9 +351,9 @@ async fn a_checkpoint_of_a_stream_that_was_recreated() {
     let node = scene.node().await;
     scene.published(&node).await;
     node.node.stop(PATIENCE).await.unwrap();
-    let saved = scene.store.checkpoint("publisher").await.unwrap();
-    let old = Checkpoint { position: Position::new(5), mark: 10, ..saved };
-    scene.store.save_checkpoint("publisher", saved, old, None).await.unwrap();
+    let saved = scene.store.publisher_checkpoint().await.unwrap();
+    let old = PublisherCheckpoint { position: Position::new(5), sequence: 10, ..saved };
+    assert!(scene.store.save_publisher_checkpoint(saved, old).await.unwrap());
     pause(200).await;
     write(&scene.store, 0, 3).await;
     let node = scene.node().await;
@@ -431,7 +431,7 @@ async fn a_restored_store_with_a_checkpoint_does_not_continue_the_log_stream() {
 
     SqliteStore::open(&backup).await.unwrap().adopt(storied::store::Adopt::Moved).await.unwrap();
     let restored: Arc<dyn EventStore> = Arc::new(SqliteStore::open(&backup).await.unwrap());
-    assert_eq!(restored.checkpoint("publisher").await.unwrap().mark, 10);
+    assert_eq!(restored.publisher_checkpoint().await.unwrap().sequence, 10);
     let node = scene.node_of(&restored).await;
     let says = async |text: &str| {
         eventually(text, || {

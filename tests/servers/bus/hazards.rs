@@ -208,7 +208,7 @@ async fn hazard_11_a_stream_that_is_wiped_is_rebuilt_from_the_log() {
     exact(&recording, &store, &server).await;
     // The checkpoint in the store refers to a stream that no longer exists.
     let give_up = Instant::now() + PATIENCE;
-    while store.checkpoint("publisher").await.unwrap().mark < 2_000 {
+    while store.publisher_checkpoint().await.unwrap().sequence < 2_000 {
         assert!(Instant::now() < give_up, "the end of the log stream is not remembered");
         pause(10).await;
     }

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use async_nats::jetstream::stream::Config;
 use storied::bus::{BusError, BusState, JetStreamOptions, LogStreamEnd, NatsBus, ProvisionPolicy, Resume};
-use storied::store::Checkpoint;
+use storied::store::PublisherCheckpoint;
 use storied::{EventBus, EventStore, Position, PublisherState};
 
 use crate::bus::fixtures::*;
@@ -415,7 +415,7 @@ async fn a_store_restored_from_an_older_state_does_not_continue_the_log_stream()
     })
     .await;
     assert_eq!(positions_in_stream(&server.url()).await.0, positions(&store).await);
-    assert_eq!(restored.checkpoint("publisher").await.unwrap(), Checkpoint::default());
+    assert_eq!(restored.publisher_checkpoint().await.unwrap(), PublisherCheckpoint::default());
     // Permanent: the stop does not wait until the deadline.
     let start = std::time::Instant::now();
     recording.node.stop(PATIENCE).await.unwrap();

@@ -14,7 +14,9 @@ use sqlx::{AssertSqlSafe, Connection, Executor, PgConnection, PgPool};
 use storied::bus::{JetStreamOptions, NatsOptions as BusOptions};
 use storied::command::{CommandBus, CommandBusStatus, NatsCommandOptions};
 use storied::projection::{ApplyError, FollowMode, InMemoryIndex, Projection, ProjectionState, ReadModel};
-use storied::store::{Adoption, Checkpoint};
+use storied::store::{
+    Adoption, Checkpoint, CheckpointKey, ProgressWrite, PublisherCheckpoint, StoredProjection,
+};
 use storied::{
     EncodeError, EventStore, Filter, Position, PostgresOptions, PostgresReadModel, PostgresStore,
     ProjectionOptions, PublisherState, RecordedEvent, Runtime, SqliteStore, StoreError,
@@ -231,8 +233,7 @@ async fn a_schema_copied_within_a_database_is_a_copy() {
         assert!(problem.contains(part), "{part}: {problem}");
     }
     let model = async |url: &str| PostgresReadModel::new(PgPool::connect(url).await.unwrap());
-    let prepare =
-        async |model: PostgresReadModel, store: &Arc<dyn EventStore>| model.prepare(store, "seen").await;
+    let prepare = async |model: PostgresReadModel, store: &Arc<dyn EventStore>| model.prepare(store).await;
     prepare(model(&url).await, &original).await.unwrap();
     for model in [model(&url).await, model(&url).await.schema("staging").unwrap()] {
         let error = prepare(model, &copy).await.unwrap_err();
@@ -262,10 +263,20 @@ async fn an_operator_adopts_a_copy() {
         let open = fixture.open().await;
         fill(&open).await;
         let id = open.info().id;
-        let at = |position| Checkpoint { position: Position::new(position), ..Checkpoint::default() };
-        for name in ["publisher", "orders"] {
-            open.save_checkpoint(name, Checkpoint::default(), at(3), None).await.unwrap();
-        }
+        let key = CheckpointKey::new("orders");
+        let none = Checkpoint::default();
+        let at = Checkpoint { position: Position::new(3), ..none };
+        let orders = ProgressWrite::Checkpoint { key: key.clone(), from: none, to: at };
+        let stored = StoredProjection { live_version: 1, ..StoredProjection::default() };
+        let versions = ProgressWrite::Projection {
+            name: "orders".into(),
+            from: StoredProjection::default(),
+            to: stored,
+        };
+        open.write_progress(vec![orders, versions]).await.unwrap();
+        let none = PublisherCheckpoint::default();
+        let published = PublisherCheckpoint { position: Position::new(3), ..none };
+        assert!(open.save_publisher_checkpoint(none, published).await.unwrap());
         open.acquire_lease("projection:orders", Uuid::now_v7(), Duration::from_secs(3_600))
             .await
             .unwrap()
@@ -288,15 +299,16 @@ async fn an_operator_adopts_a_copy() {
         moved.run(&["store", "adopt", "--moved"]).await.code(0);
         let store = moved.open().await;
         assert!(store.info().adoption.is_adopted() && store.info().id == id, "{}", fixture.kind);
-        assert_eq!(store.checkpoint("publisher").await.unwrap(), at(3));
+        assert_eq!(store.publisher_checkpoint().await.unwrap(), published);
 
         let json = copy.run(&["store", "adopt", "--copy", "--json"]).await.code(0).json();
         let store = copy.open().await;
         assert!(store.info().adoption.is_adopted() && store.info().id != id, "{}", fixture.kind);
         assert_eq!(json["store_id"], store.info().id.to_string());
         assert_eq!(json["was"], id.to_string());
-        assert_eq!(store.checkpoint("publisher").await.unwrap(), Checkpoint::default());
-        assert_eq!(store.checkpoint("orders").await.unwrap(), at(3));
+        assert_eq!(store.publisher_checkpoint().await.unwrap(), PublisherCheckpoint::default());
+        assert_eq!(store.checkpoint(&key).await.unwrap(), at);
+        assert_eq!(store.projection("orders").await.unwrap().live_version, 1);
         let leases = store.leases().await.unwrap();
         assert_eq!((leases.len(), leases[0].live, leases[0].lease.epoch), (1, false, 1));
         // A copy that looks like its original, as after pg_basebackup.

@@ -4,7 +4,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::process::Stdio;
 
 use serde_json::{Value, json};
-use storied::store::Checkpoint;
+use storied::store::{Checkpoint, CheckpointKey, ProgressWrite};
 use storied::{EventStore, Metadata, NewEvent, Position, SqliteOptions, SqliteStore};
 use tokio::process::Command;
 use tokio::time::timeout;
@@ -73,8 +73,10 @@ async fn an_error_is_json_for_programs() {
         let garbled = NewEvent::encode(&placed(1), store.info().codec, &Metadata::default()).unwrap();
         append_raw(&store, "3", vec![NewEvent { payload: vec![0xff, 0].into(), ..garbled }]).await;
         // A projection that no node runs.
-        let there = Checkpoint { position: Position::new(1), epoch: 1, mark: 0 };
-        store.save_checkpoint("projection/seen", Checkpoint::default(), there, None).await.unwrap();
+        let from = Checkpoint::default();
+        let to = Checkpoint { position: Position::new(1), epoch: 1, ..from };
+        let key = CheckpointKey::new("seen");
+        store.write_progress(vec![ProgressWrite::Checkpoint { key, from, to }]).await.unwrap();
         let empty = empty.iter().find(|empty| empty.kind == fixture.kind).unwrap();
         let full = || Stdio::from(std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap());
         let with = |args: &[&str]| fixture.command(args);

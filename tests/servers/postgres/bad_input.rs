@@ -13,10 +13,9 @@ use futures_util::future::join_all;
 use sqlx::postgres::PgPoolOptions;
 use sqlx::{AssertSqlSafe, Connection, Executor};
 use storied::projection::{PostgresReadModel, ReadModel};
-use storied::store::{Append, AppendError, CommandRecord, ParkedEvent};
+use storied::store::{Append, AppendError, CheckpointKey, CommandRecord, ParkedEvent, ProgressWrite};
 use storied::{
-    Codec, EventName, EventStore, ExpectedVersion, NewEvent, PostgresOptions, PostgresStore, StoreError,
-    StreamId, Version,
+    Codec, EventName, EventStore, ExpectedVersion, NewEvent, Position, PostgresOptions, PostgresStore, StoreError, StreamId, Version,
 };
 use uuid::Uuid;
 
@@ -278,7 +277,7 @@ async fn databases_that_are_not_in_utf_8() {
         incompatible(&error);
         says(&error, &["UTF8", encoding, &name]);
         let model = PostgresReadModel::new(PgPoolOptions::new().connect_lazy(&url).unwrap());
-        let error = model.prepare(&store, "p").await.unwrap_err();
+        let error = model.prepare(&store).await.unwrap_err();
         incompatible(&error);
         says(&error, &["UTF8", encoding]);
     }
@@ -427,9 +426,9 @@ async fn huge_and_poisoned_events() {
     // NUL is the one character that PostgreSQL cannot store.
     let recorded = &store.read_stream(&stream("a"), Version::NONE, 1).await.unwrap()[0];
     let parked = ParkedEvent::new(recorded, "a\0b".into(), 3);
-    let (from, to) = (store.checkpoint("p").await.unwrap(), storied::store::Checkpoint::default());
-    store.save_checkpoint("p", from, to, Some(parked)).await.unwrap();
-    assert_eq!(store.parked("p", 10).await.unwrap()[0].error, "a\u{fffd}b");
+    let key = CheckpointKey::new("p");
+    store.write_progress(vec![ProgressWrite::Park { key: key.clone(), event: parked }]).await.unwrap();
+    assert_eq!(store.parked(&key, Position::START, 10).await.unwrap()[0].error, "a\u{fffd}b");
     for id in ["", "\0", "a\0", &"x".repeat(1 << 20)] {
         StreamId::new("order", id).unwrap_err();
     }

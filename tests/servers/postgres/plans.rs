@@ -10,7 +10,9 @@ use bytes::Bytes;
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 use sqlx::{AssertSqlSafe, Executor};
 use storied::event::Category;
-use storied::store::{Checkpoint, CommandRecord, ParkedEvent, Snapshot, StreamAppend};
+use storied::store::{
+    Checkpoint, CheckpointKey, CommandRecord, ParkedEvent, ProgressWrite, Snapshot, StreamAppend,
+};
 use storied::{
     EventName, EventStore, ExpectedVersion, Filter, Position, PostgresOptions, PostgresStore, ReadLog,
     Version,
@@ -20,7 +22,11 @@ use uuid::Uuid;
 use crate::postgres::tools::{append, connect, events, eventually, exact, run, stream};
 use crate::support::PostgresServer;
 
-const STATEMENTS: &str = include_str!("../../../src/store/postgres/statements.rs");
+const STATEMENTS: [&str; 3] = [
+    include_str!("../../../src/store/postgres/statements.rs"),
+    include_str!("../../src/store/sql/progress.rs"),
+    include_str!("../../src/store/sql/control.rs"),
+];
 
 /// Tables that grow with the log. The others have a row for each projection or lease.
 const LARGE: [&str; 4] = ["events", "commands", "snapshots", "parked"];
@@ -155,9 +161,15 @@ async fn use_everything(url: &str, store: &PostgresStore, way: Way, many_first: 
     store.forget_commands(Duration::ZERO, 10).await.unwrap();
     let (from, to) = (Checkpoint::default(), Checkpoint { position: head, ..Checkpoint::default() });
     let parked = ParkedEvent::new(&recorded, "no".into(), 1);
-    store.save_checkpoint("p", from, to, Some(parked)).await.unwrap();
-    store.parked("p", 10).await.unwrap();
-    store.remove_parked("p", recorded.position).await.unwrap();
+    let key = || CheckpointKey::new("p");
+    let writes = vec![
+        ProgressWrite::Checkpoint { key: key(), from, to },
+        ProgressWrite::Park { key: key(), event: parked },
+    ];
+    store.write_progress(writes).await.unwrap();
+    store.parked(&key(), Position::START, 10).await.unwrap();
+    let unpark = ProgressWrite::Unpark { key: key(), position: recorded.position };
+    store.write_progress(vec![unpark]).await.unwrap();
 
     // Only projections run these statements, in the database of a read model.
     let mut connection = connect(url).await;
@@ -165,7 +177,6 @@ async fn use_everything(url: &str, store: &PostgresStore, way: Way, many_first: 
     let statements = statements();
     let sql = |name| AssertSqlSafe(statements[name].clone());
     sqlx::query(sql("records")).fetch_all(&mut connection).await.unwrap();
-    sqlx::query(sql("unpark_all")).bind("p").execute(&mut connection).await.unwrap();
 }
 
 /// Extracts the statement and the scans of every plan in a log.
@@ -245,11 +256,11 @@ fn meant(query: &str, scan: &str) -> bool {
     index("events_pkey")
 }
 
-/// The statements of src/store/postgres/statements.rs that read or change large tables, directly or by
+/// The statements of the store that read or change large tables, directly or by
 /// calls.
 fn statements() -> BTreeMap<String, String> {
     let mut found = BTreeMap::new();
-    for block in STATEMENTS.split("statements! {").skip(1) {
+    for block in STATEMENTS.iter().flat_map(|text| text.split("statements! {").skip(1)) {
         for (at, _) in block.match_indices(": \"") {
             let name = block[..at].rsplit(|c: char| !c.is_alphanumeric() && c != '_').next().unwrap();
             let sql = block[at + 3..].split("\",\n").next().unwrap();

@@ -2,9 +2,10 @@
 
 use sqlx::{AssertSqlSafe, Executor, PgConnection, PgPool, Row};
 use storied::projection::ReadModel;
-use storied::store::AppendError;
+use storied::store::{AppendError, CheckpointKey, ControlChange, Request};
 use storied::{
-    EventStore, ExpectedVersion, PostgresOptions, PostgresReadModel, PostgresStore, StoreError, Version,
+    EventStore, ExpectedVersion, Position, PostgresOptions, PostgresReadModel, PostgresStore, StoreError,
+    Version,
 };
 
 use crate::postgres::tools::{append, as_user, assert_sound, connect, events, exact, run, stream, whole_log};
@@ -58,7 +59,7 @@ async fn the_owner_of_a_database_migrates_it_and_appends() {
     assert_sound(&whole_log(&store).await);
     let read_model = PostgresReadModel::new(PgPool::connect(&own).await.unwrap());
     let store: std::sync::Arc<dyn EventStore> = std::sync::Arc::new(store);
-    read_model.prepare(&store, "p").await.unwrap();
+    read_model.prepare(&store).await.unwrap();
     // The owner's own INSERT stays refused, also in the transaction of an append.
     let mut connection = connect(&own).await;
     let insert = "INSERT INTO storied.events SELECT 99, 9, now(), stream, id, id, category, stream_id, name, payload, metadata
@@ -82,20 +83,23 @@ async fn nothing_else_is_granted() {
     for (role, expected) in [
         (
             "shop",
-            "checkpoints INSERT SELECT UPDATE, commands DELETE INSERT SELECT, events SELECT, leases INSERT SELECT UPDATE, \
-             meta SELECT, migrations SELECT, parked DELETE INSERT SELECT UPDATE, paused DELETE INSERT SELECT, \
-             positions SELECT, read_model_migrations SELECT, snapshots INSERT SELECT UPDATE; \
+            "checkpoints INSERT SELECT UPDATE, commands DELETE INSERT SELECT, controls INSERT SELECT UPDATE, events SELECT, \
+             leases INSERT SELECT UPDATE, meta SELECT, migrations SELECT, parked DELETE INSERT SELECT UPDATE, \
+             positions SELECT, projections INSERT SELECT UPDATE, publisher INSERT SELECT UPDATE, \
+             read_model_migrations SELECT, requests DELETE INSERT SELECT UPDATE, snapshots INSERT SELECT UPDATE; \
              append, append_one, command_events, high_water_mark, stream_key",
         ),
         (
             "shop_reader",
-            "checkpoints SELECT, commands SELECT, events SELECT, leases SELECT, meta SELECT, migrations SELECT, \
-             parked SELECT, paused SELECT, positions SELECT, read_model_migrations SELECT, snapshots SELECT; \
+            "checkpoints SELECT, commands SELECT, controls SELECT, events SELECT, leases SELECT, meta SELECT, \
+             migrations SELECT, parked SELECT, positions SELECT, projections SELECT, publisher SELECT, \
+             read_model_migrations SELECT, requests SELECT, snapshots SELECT; \
              high_water_mark, stream_key",
         ),
         (
             "shop_view",
-            "checkpoints INSERT SELECT UPDATE, parked DELETE INSERT SELECT UPDATE, read_model_migrations SELECT; ",
+            "checkpoints INSERT SELECT UPDATE, parked DELETE INSERT SELECT UPDATE, projections INSERT SELECT UPDATE, \
+             read_model_migrations SELECT, requests DELETE INSERT SELECT UPDATE; ",
         ),
     ] {
         let rights: String = sqlx::query_scalar(
@@ -261,6 +265,9 @@ async fn a_login_with_the_documented_rights_can_append_and_nothing_else() {
         "TRUNCATE storied.leases",
         "DELETE FROM storied.leases",
         "DELETE FROM storied.checkpoints",
+        "DELETE FROM storied.projections",
+        "DELETE FROM storied.controls",
+        "DELETE FROM storied.publisher",
         "DELETE FROM storied.snapshots",
         "UPDATE storied.commands SET outcome = ''",
         "TRUNCATE storied.commands",
@@ -441,7 +448,7 @@ async fn readers_and_read_models_have_less() {
     assert!(matches!(error, AppendError::Store(StoreError::Storage { .. })), "{error:?}");
     assert!(error.to_string().contains("docs/postgres-grants.sql"), "{error}");
     for change in [
-        reader.set_paused("p", true).await,
+        reader.control("p", ControlChange::Pause).await.map(drop),
         reader.acquire_lease("l", uuid::Uuid::now_v7(), std::time::Duration::from_secs(1)).await.map(drop),
     ] {
         assert!(matches!(change, Err(StoreError::Storage { .. })), "{change:?}");
@@ -470,8 +477,12 @@ async fn values_that_storied_never_writes_are_errors() {
     store.acquire_lease("l", uuid::Uuid::now_v7(), std::time::Duration::from_secs(60)).await.unwrap();
     let model = PostgresReadModel::new(PgPool::connect(&url).await.unwrap());
     let mut owner = connect(&url).await;
-    let rows = "INSERT INTO storied.checkpoints VALUES ('p', 1, 1, 1, gen_random_uuid());
-        INSERT INTO storied.parked VALUES ('p', 1, gen_random_uuid(), 'order', 'a', 1, 'order.placed', 'e', 1, now());
+    let rows = "INSERT INTO storied.checkpoints VALUES ('p', 0, 0, 1, 1, 1, 1, gen_random_uuid());
+        INSERT INTO storied.projections VALUES ('p', 1, 1, 1, 1, 1, gen_random_uuid());
+        INSERT INTO storied.requests VALUES ('p', 'retry', 1, gen_random_uuid(), now());
+        INSERT INTO storied.controls VALUES ('p', false, 1, 1, 1);
+        INSERT INTO storied.publisher VALUES (1, 1, 1, 1);
+        INSERT INTO storied.parked VALUES ('p', 0, 0, 1, gen_random_uuid(), 'order', 'a', 1, 'order.placed', 'e', 1, now());
         INSERT INTO storied.commands VALUES ('00000000-0000-0000-0000-000000000001', 'n', gen_random_uuid(), '');
         INSERT INTO storied.snapshots VALUES ('order', 'a', 1, 1, '');
         ALTER TABLE storied.events DISABLE TRIGGER ALL";
@@ -485,10 +496,23 @@ async fn values_that_storied_never_writes_are_errors() {
         ("checkpoints", "updated_at", never),
         ("checkpoints", "position", negative),
         ("checkpoints", "epoch", negative),
-        ("checkpoints", "mark", negative),
+        ("checkpoints", "generation", negative),
+        ("checkpoints", "delivered", negative),
+        ("projections", "partitions", negative),
+        ("projections", "live_version", negative),
+        ("projections", "building_version", negative),
+        ("projections", "start_position", negative),
+        ("projections", "revision", negative),
+        ("requests", "requested_at", never),
+        ("requests", "position", negative),
+        ("controls", "trigger_position", negative),
+        ("controls", "triggers", negative),
+        ("controls", "changes", negative),
+        ("publisher", "position", negative),
+        ("publisher", "epoch", negative),
+        ("publisher", "sequence", negative),
         ("parked", "parked_at", never),
-        ("parked", "position", negative),
-        ("parked", "version", negative),
+        ("parked", "stream_version", negative),
         ("parked", "attempts", negative),
         ("commands", "recorded_at", never),
         ("snapshots", "version", negative),
@@ -511,8 +535,11 @@ async fn values_that_storied_never_writes_are_errors() {
             owner.execute(AssertSqlSafe(set.clone())).await.unwrap();
             let read = match table {
                 "leases" => store.leases().await.map(drop),
-                "checkpoints" => model.records().await.map(drop),
-                "parked" => store.parked("p", 9).await.map(drop),
+                "checkpoints" | "projections" => model.records().await.map(drop),
+                "requests" => model.requests("p", Request::CancelRebuild, 9).await.map(drop),
+                "controls" => store.controls().await.map(drop),
+                "publisher" => store.publisher_checkpoint().await.map(drop),
+                "parked" => store.parked(&CheckpointKey::new("p"), Position::START, 9).await.map(drop),
                 "commands" => store.command(command).await.map(drop),
                 "snapshots" => store.snapshot(&stream("a")).await.map(drop),
                 _ => store.read_stream(&stream("a"), Version::NONE, 9).await.map(drop),

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use sqlx::postgres::PgPoolOptions;
 use sqlx::{AssertSqlSafe, Executor, PgConnection, PgPool};
 use storied::projection::{ApplyError, Projection, ProjectionState};
-use storied::store::{AppendError, Checkpoint, CommandRecord};
+use storied::store::{AppendError, Checkpoint, CheckpointKey, CommandRecord, ProgressWrite};
 use storied::{
     Aggregate, Context, Decided, Decision, EncodeError, Event, EventStore, ExecuteError, Filter, MemoryStore,
     NeverRejects, Position, PostgresOptions, PostgresReadModel, PostgresStore, ReadLog, RecordedEvent,
@@ -304,15 +304,18 @@ async fn an_answer_that_rests_on_a_read_is_on_the_standby() {
             outcome: Bytes::from_static(b"done"),
             recorded_at: DateTime::UNIX_EPOCH,
         };
-        let (none, first) =
-            (Checkpoint::default(), Checkpoint { position: Position::new(1), epoch: 1, mark: 0 });
+        let (none, first) = (
+            Checkpoint::default(),
+            Checkpoint { position: Position::new(1), epoch: 1, ..Checkpoint::default() },
+        );
         let name = id.to_string();
+        let key = CheckpointKey::new(&name);
         pair.cut_off();
         let operator = Operator::start(&pair, action);
         let (executed, recorded, saved, leased) = tokio::join!(
             deposit(),
             store.record_command(record.clone()),
-            store.save_checkpoint(&name, none, first, None),
+            store.write_progress(vec![ProgressWrite::Checkpoint { key: key.clone(), from: none, to: first }]),
             store.acquire_lease(&name, id, Duration::from_secs(60)),
         );
         assert!(matches!(executed, Err(ExecuteError::OutcomeUnknown { .. })), "{executed:?}");
@@ -321,7 +324,7 @@ async fn an_answer_that_rests_on_a_read_is_on_the_standby() {
         let account = storied::StreamId::new("account", account).unwrap();
         eventually("it became visible", async || {
             !store.read_stream(&account, Version::NONE, 1).await.unwrap().is_empty()
-                && store.checkpoint(&name).await.unwrap() == first
+                && store.checkpoint(&key).await.unwrap() == first
                 && store.leases().await.unwrap().iter().any(|info| info.lease.name == name)
         })
         .await;
@@ -493,7 +496,7 @@ async fn nothing_is_read_on_a_standby() {
             let mut answers = Vec::from(answers);
             if !matches!(way, Way::Direct) {
                 // Its statement depends on no server state, so the transaction has to refuse.
-                answers.push(store.checkpoint("seen").await.err());
+                answers.push(store.checkpoint(&CheckpointKey::new("seen")).await.err());
             }
             for answer in answers {
                 let error = answer.unwrap_or_else(|| panic!("{way:?}: read on a standby"));

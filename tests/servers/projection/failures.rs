@@ -7,6 +7,7 @@ use std::time::Duration;
 use storied::projection::{
     AtLeastOnce, ControlError, FailurePolicy, InMemory, ProjectionState, UnknownNames, WaitError,
 };
+use storied::store::{Checkpoint, CheckpointKey};
 use storied::{EventName, EventStore, Filter, MemoryStore, Metadata, NewEvent, Position, ReadLog};
 use tokio::time::Instant;
 
@@ -363,8 +364,8 @@ async fn a_read_model_of_another_or_a_younger_log_is_refused() {
     node.stop(PATIENCE).await.unwrap();
 
     // A checkpoint beyond the end of the log: the log was restored from a backup.
-    let ahead = storied::store::Checkpoint { position: Position::new(99), epoch: 0, mark: 0 };
-    other.save_checkpoint("projection/delivered", Default::default(), ahead, None).await.unwrap();
+    let ahead = Checkpoint { position: Position::new(99), ..Checkpoint::default() };
+    save(&other, CheckpointKey::new("delivered"), Checkpoint::default(), ahead).await.unwrap();
     let node = local_node(&other).await;
     let handle = node.projection(recorder("delivered"), AtLeastOnce::new(), options()).await;
     reach(&handle, ProjectionState::Failed).await;

@@ -1,6 +1,6 @@
 //! Events, projections that record what they received, and a store and buses with faults.
 
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::marker::PhantomData;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -15,10 +15,11 @@ use storied::bus::{
 };
 use storied::projection::{ApplyError, InMemory, ProjectionState, ReadModel, Snapshots, SqliteReadModel};
 use storied::store::{
-    Append, AppendError, Appended, BoxFuture, Checkpoint, CheckpointError, ExpectedVersion, Lease, LeaseInfo,
-    LogPage, ParkedEvent, Snapshot, StoreInfo,
+    Append, AppendError, Appended, BoxFuture, Checkpoint, CheckpointError, CheckpointKey, ControlChange,
+    ExpectedVersion, Lease, LeaseInfo, LogPage, ParkedEvent, ProgressWrite, ProjectionControl,
+    PublisherCheckpoint, Request, Snapshot, StoreInfo, StoredProgress, StoredProjection, StoredRequest,
 };
-use storied::testing::Node;
+use storied::testing::{Node, Sealed};
 use storied::{
     EncodeError, Event, EventBus, EventStore, FeedOptions, Filter, MemoryStore, Metadata, NewEvent, Position,
     Projection, ProjectionHandle, ProjectionOptions, PublisherOptions, PublisherState, ReadLog,
@@ -275,6 +276,8 @@ pub struct Panicky {
     pub panics: Arc<AtomicU64>,
 }
 
+impl Sealed for Panicky {}
+
 impl ReadModel for Panicky {
     type Transaction = ();
     type Open = <InMemory as ReadModel>::Open;
@@ -291,74 +294,65 @@ impl ReadModel for Panicky {
         self.inner.snapshots()
     }
 
-    fn prepare<'a>(
-        &'a self,
-        store: &'a Arc<dyn EventStore>,
-        name: &'a str,
-    ) -> BoxFuture<'a, Result<(), StoreError>> {
-        self.inner.prepare(store, name)
+    async fn prepare(&self, store: &Arc<dyn EventStore>) -> Result<(), StoreError> {
+        self.inner.prepare(store).await
     }
 
-    fn checkpoint<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<Checkpoint, StoreError>> {
-        self.inner.checkpoint(name)
+    async fn projection(&self, name: &str) -> Result<StoredProjection, StoreError> {
+        self.inner.projection(name).await
     }
 
-    fn begin<'a>(&'a self, name: &'a str, from: Checkpoint) -> BoxFuture<'a, Result<Self::Open, StoreError>> {
+    async fn checkpoint(&self, key: &CheckpointKey) -> Result<Checkpoint, StoreError> {
+        self.inner.checkpoint(key).await
+    }
+
+    async fn parked(
+        &self,
+        key: &CheckpointKey,
+        from: Position,
+        limit: usize,
+    ) -> Result<Vec<ParkedEvent>, StoreError> {
+        self.inner.parked(key, from, limit).await
+    }
+
+    async fn requests(
+        &self,
+        projection: &str,
+        from: Request,
+        limit: usize,
+    ) -> Result<Vec<StoredRequest>, StoreError> {
+        self.inner.requests(projection, from, limit).await
+    }
+
+    async fn begin(
+        &self,
+        projection: &str,
+        from: Checkpoint,
+        limit: Option<Duration>,
+    ) -> Result<Self::Open, StoreError> {
         let panics = self.panics.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1));
         assert!(panics.is_err(), "on purpose");
-        self.inner.begin(name, from)
+        self.inner.begin(projection, from, limit).await
     }
 
     fn transaction<'a>(&self, open: &'a mut Self::Open) -> &'a mut () {
         self.inner.transaction(open)
     }
 
-    fn commit<'a>(
-        &'a self,
-        open: Self::Open,
-        name: &'a str,
-        from: Checkpoint,
-        to: Checkpoint,
-        parked: Option<ParkedEvent>,
-    ) -> BoxFuture<'a, Result<(), CheckpointError>> {
-        self.inner.commit(open, name, from, to, parked)
+    async fn adopt(&self, open: &mut Self::Open, projection: &str) -> Result<StoredProgress, StoreError> {
+        self.inner.adopt(open, projection).await
     }
 
-    fn rollback(&self, open: Self::Open) -> BoxFuture<'_, Result<(), StoreError>> {
-        self.inner.rollback(open)
+    async fn write(&self, open: &mut Self::Open, write: ProgressWrite) -> Result<(), CheckpointError> {
+        self.inner.write(open, write).await
     }
 
-    fn parked<'a>(
-        &'a self,
-        name: &'a str,
-        limit: usize,
-    ) -> BoxFuture<'a, Result<Vec<ParkedEvent>, StoreError>> {
-        self.inner.parked(name, limit)
+    async fn commit(&self, open: Self::Open, writes: Vec<ProgressWrite>) -> Result<(), CheckpointError> {
+        self.inner.commit(open, writes).await
     }
 
-    fn unpark<'a>(
-        &'a self,
-        open: &'a mut Self::Open,
-        name: &'a str,
-        position: Position,
-    ) -> BoxFuture<'a, Result<bool, StoreError>> {
-        self.inner.unpark(open, name, position)
-    }
-
-    fn unpark_all<'a>(
-        &'a self,
-        open: &'a mut Self::Open,
-        name: &'a str,
-    ) -> BoxFuture<'a, Result<(), StoreError>> {
-        self.inner.unpark_all(open, name)
-    }
-
-    fn remove_parked<'a>(
-        &'a self,
-        name: &'a str,
-        position: Position,
-    ) -> BoxFuture<'a, Result<bool, StoreError>> {
-        self.inner.remove_parked(name, position)
+    async fn rollback(&self, open: Self::Open) -> Result<(), StoreError> {
+        self.inner.rollback(open).await
     }
 }
 
@@ -396,6 +390,16 @@ impl Database {
             .unwrap();
         rows.into_iter().map(|position| Position::new(position as u64)).collect()
     }
+}
+
+/// Moves a checkpoint in a store.
+pub async fn save(
+    store: &Arc<dyn EventStore>,
+    key: CheckpointKey,
+    from: Checkpoint,
+    to: Checkpoint,
+) -> Result<(), CheckpointError> {
+    store.write_progress(vec![ProgressWrite::Checkpoint { key, from, to }]).await
 }
 
 /// A node with short pauses, so that tests are quick.
@@ -829,42 +833,65 @@ impl EventStore for Link {
         self.apart.as_ref().map_or_else(|| self.inner.appended(), watch::Sender::subscribe)
     }
 
-    fn checkpoint<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<Checkpoint, StoreError>> {
-        through!(self, self.inner.checkpoint(name))
+    fn projection<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<StoredProjection, StoreError>> {
+        through!(self, self.inner.projection(name))
     }
 
-    fn save_checkpoint<'a>(
+    fn checkpoint<'a>(&'a self, key: &'a CheckpointKey) -> BoxFuture<'a, Result<Checkpoint, StoreError>> {
+        through!(self, self.inner.checkpoint(key))
+    }
+
+    fn checkpoints<'a>(
         &'a self,
-        name: &'a str,
-        from: Checkpoint,
-        to: Checkpoint,
-        parked: Option<ParkedEvent>,
-    ) -> BoxFuture<'a, Result<(), CheckpointError>> {
-        through!(self, self.inner.save_checkpoint(name, from, to, parked))
+        projection: &'a str,
+    ) -> BoxFuture<'a, Result<Vec<(CheckpointKey, Checkpoint)>, StoreError>> {
+        through!(self, self.inner.checkpoints(projection))
+    }
+
+    fn write_progress(&self, writes: Vec<ProgressWrite>) -> BoxFuture<'_, Result<(), CheckpointError>> {
+        through!(self, self.inner.write_progress(writes))
     }
 
     fn parked<'a>(
         &'a self,
-        name: &'a str,
+        key: &'a CheckpointKey,
+        from: Position,
         limit: usize,
     ) -> BoxFuture<'a, Result<Vec<ParkedEvent>, StoreError>> {
-        through!(self, self.inner.parked(name, limit))
+        through!(self, self.inner.parked(key, from, limit))
     }
 
-    fn remove_parked<'a>(
+    fn requests<'a>(
         &'a self,
-        name: &'a str,
-        position: Position,
-    ) -> BoxFuture<'a, Result<bool, StoreError>> {
-        through!(self, self.inner.remove_parked(name, position))
+        projection: &'a str,
+        from: Request,
+        limit: usize,
+    ) -> BoxFuture<'a, Result<Vec<StoredRequest>, StoreError>> {
+        through!(self, self.inner.requests(projection, from, limit))
     }
 
-    fn paused(&self) -> BoxFuture<'_, Result<BTreeSet<String>, StoreError>> {
-        through!(self, self.inner.paused())
+    fn controls(&self) -> BoxFuture<'_, Result<BTreeMap<String, ProjectionControl>, StoreError>> {
+        through!(self, self.inner.controls())
     }
 
-    fn set_paused<'a>(&'a self, name: &'a str, paused: bool) -> BoxFuture<'a, Result<(), StoreError>> {
-        through!(self, self.inner.set_paused(name, paused))
+    fn control<'a>(
+        &'a self,
+        projection: &'a str,
+        change: ControlChange,
+    ) -> BoxFuture<'a, Result<ProjectionControl, StoreError>> {
+        through!(self, self.inner.control(projection, change))
+    }
+
+    fn publisher_checkpoint(&self) -> BoxFuture<'_, Result<PublisherCheckpoint, StoreError>> {
+        through!(self, self.inner.publisher_checkpoint())
+    }
+
+    fn save_publisher_checkpoint(
+        &self,
+        from: PublisherCheckpoint,
+        to: PublisherCheckpoint,
+    ) -> BoxFuture<'_, Result<bool, StoreError>> {
+        through!(self, self.inner.save_publisher_checkpoint(from, to))
     }
 
     fn acquire_lease<'a>(

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use storied::projection::{AtLeastOnce, InMemory, ProjectionState, WaitError};
+use storied::store::CheckpointKey;
 use storied::testing::Node;
 use storied::{
     EventBus, EventStore, FeedOptions, Filter, MemoryStore, Position, ProjectionOptions, PublisherOptions,
@@ -187,7 +188,7 @@ async fn a_scan_for_rare_events_handles_messages_and_saves_progress() {
         catch_up(&handle, Position::new(100_000)).await;
         let hears = async {
             handle.pause().await.unwrap();
-            let checkpoint = store.checkpoint("projection/never").await.unwrap();
+            let checkpoint = store.checkpoint(&CheckpointKey::new("never")).await.unwrap();
             assert_eq!(checkpoint.position, Position::new(100_000), "{kind}");
             handle.resume().await.unwrap();
         };

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use storied::projection::{InMemoryIndex, ProjectionState, ProjectionStatus, Schedule, WaitError};
+use storied::store::ControlChange;
 use storied::{EventStore, Filter, MemoryStore, Position, ProjectionHandle, Runtime};
 use tokio::sync::watch;
 
@@ -72,7 +73,7 @@ async fn no_lag_is_reported_before_checkpoint_and_log_are_read() {
         handle.trigger().await.unwrap();
         never_says_live(&format!("{kind}, triggered"), &handle, head, some(0)).await;
         // Paused before the first run.
-        store.set_paused("paused", true).await.unwrap();
+        store.control("paused", ControlChange::Pause).await.unwrap();
         let handle = node.projection(table("paused"), database.open().await, options()).await;
         let paused =
             |status: &ProjectionStatus| status.state == ProjectionState::Paused && status.lag() == Some(all);
@@ -189,10 +190,12 @@ async fn a_refused_checkpoint_is_no_position() {
     let handle = node.projection(table("table"), database.open().await, options()).await;
     catch_up(&handle, head).await;
     // As of a log that lost events. The owner loses a race, stands by, and claims it.
-    sqlx::query("UPDATE storied_checkpoints SET position = 1000, mark = mark + 1 WHERE position > 0")
-        .execute(database.open().await.pool())
-        .await
-        .unwrap();
+    sqlx::query(
+        "UPDATE storied_checkpoints SET position = 1000, generation = generation + 1 WHERE position > 0",
+    )
+    .execute(database.open().await.pool())
+    .await
+    .unwrap();
     append(&store, 0, 5..6).await;
     reach(&handle, ProjectionState::Failed).await;
     for _ in 0..8 {

@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use storied::projection::{AtLeastOnce, ProjectionState};
-use storied::store::Checkpoint;
+use storied::store::{Checkpoint, CheckpointKey, PublisherCheckpoint};
 use storied::{EventStore, Filter, Position, PublisherState};
 
 use crate::projection::fixtures::*;
@@ -49,12 +49,12 @@ async fn a_stale_owner_is_fenced() {
         // the two owners.
         heirs_gate.reached().await;
         assert_eq!(second.status().epoch, 2, "{kind}");
-        let claimed = store.checkpoint("projection/delivered").await.unwrap();
+        let claimed = store.checkpoint(&CheckpointKey::new("delivered")).await.unwrap();
         assert_eq!((claimed.position, claimed.epoch), (Position::START, 2), "{kind}");
         gate.open();
         reach(&first, ProjectionState::Standby).await;
         assert_eq!(
-            store.checkpoint("projection/delivered").await.unwrap(),
+            store.checkpoint(&CheckpointKey::new("delivered")).await.unwrap(),
             claimed,
             "{kind}: the zombie wrote nothing"
         );
@@ -125,10 +125,12 @@ async fn an_epoch_below_the_checkpoints_is_raised_above_it() {
         first.stop(PATIENCE).await.unwrap();
         let raised = sqlx::query("UPDATE storied_checkpoints SET epoch = 99");
         raised.execute(database.open().await.pool()).await.unwrap();
-        let at = Checkpoint { position: Position::START, epoch: 99, mark: 0 };
-        for name in ["projection/delivered", "publisher"] {
-            store.save_checkpoint(name, Checkpoint::default(), at, None).await.unwrap();
-        }
+        let key = CheckpointKey::new("delivered");
+        let none = Checkpoint::default();
+        save(&store, key.clone(), none, Checkpoint { epoch: 99, ..none }).await.unwrap();
+        let none = PublisherCheckpoint::default();
+        let raised = PublisherCheckpoint { epoch: 99, ..none };
+        assert!(store.save_publisher_checkpoint(none, raised).await.unwrap());
         for epoch in [100, 101] {
             let log_stream = LogStream::default();
             let node = node(&store, log_stream.clone()).await;
@@ -147,10 +149,10 @@ async fn an_epoch_below_the_checkpoints_is_raised_above_it() {
             })
             .await;
             node.stop(PATIENCE).await.unwrap();
-            for name in ["projection/delivered", "publisher"] {
-                let checkpoint = store.checkpoint(name).await.unwrap();
-                assert_eq!((checkpoint.position, checkpoint.epoch), (head, epoch), "{kind}: {name}");
-            }
+            let checkpoint = store.checkpoint(&key).await.unwrap();
+            assert_eq!((checkpoint.position, checkpoint.epoch), (head, epoch), "{kind}");
+            let checkpoint = store.publisher_checkpoint().await.unwrap();
+            assert_eq!((checkpoint.position, checkpoint.epoch), (head, epoch), "{kind}");
         }
         assert_eq!(database.seen("table").await, log(&store, &Filter::all()).await, "{kind}");
     }

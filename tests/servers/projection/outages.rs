@@ -15,6 +15,7 @@ use storied::projection::{
     ApplyError, AtLeastOnce, ControlError, Delivery, FailurePolicy, InMemory, ProjectionState, Schedule,
     Start, TargetUnavailable, WaitError,
 };
+use storied::store::CheckpointKey;
 use storied::{
     EncodeError, EventStore, ExecuteError, Filter, MemoryStore, NotExecutedKind, Position, Projection,
     ProjectionOptions, RecordedEvent, Runtime, StoreError, StreamId,
@@ -215,7 +216,7 @@ async fn a_hung_call_does_not_delay_the_shutdown() {
     node.stop(PATIENCE).await.unwrap();
     assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
     assert_eq!(handle.status().events_parked, 0);
-    assert!(store.parked("projection/outside", 10).await.unwrap().is_empty());
+    assert!(store.parked(&CheckpointKey::new("outside"), Position::START, 10).await.unwrap().is_empty());
 }
 
 /// A node stops in a long batch: the current event is the last one, and the applied events are
@@ -239,7 +240,7 @@ async fn a_stop_begins_no_further_event_of_a_batch() {
     let began = Instant::now();
     node.stop(PATIENCE).await.unwrap();
     assert!(began.elapsed() < Duration::from_secs(3), "{:?}", began.elapsed());
-    let checkpoint = store.checkpoint("projection/outside").await.unwrap();
+    let checkpoint = store.checkpoint(&CheckpointKey::new("outside")).await.unwrap();
     assert_eq!(checkpoint.position.get(), seen.positions().len() as u64);
 }
 
@@ -303,8 +304,8 @@ async fn an_orderly_shutdown_parks_nothing() {
     projection.caught_up_to_within(Position::new(2), PATIENCE).await.unwrap();
     runtime.shutdown().await.unwrap();
     assert_eq!(projection.status().events_parked, 0);
-    assert!(store.parked("projection/reaction", 100).await.unwrap().is_empty());
-    assert!(store.checkpoint("projection/reaction").await.unwrap().position < Position::new(20));
+    assert!(store.parked(&CheckpointKey::new("reaction"), Position::START, 100).await.unwrap().is_empty());
+    assert!(store.checkpoint(&CheckpointKey::new("reaction")).await.unwrap().position < Position::new(20));
 }
 
 /// Leases of a dead holder, written by a clock that was a day ahead.
@@ -326,7 +327,7 @@ async fn a_lease_of_a_clock_that_was_ahead_is_taken_over() {
     let handle = node.projection(recorder("outside"), AtLeastOnce::new(), options()).await;
     catch_up(&handle, head).await;
     // An order lease as well: the old one may not hold up others, and a new one can be acquired.
-    handle.resume().await.unwrap();
+    handle.reset().await.unwrap();
     let leases = store.leases().await.unwrap();
     assert!(leases.iter().all(|info| info.lease.epoch >= 2), "{leases:?}");
     node.stop(PATIENCE).await.unwrap();

@@ -73,8 +73,8 @@ async fn one_node_publishes_and_hands_over_when_it_stops() {
             Some(&head),
             "{kind}: committed events are published before the stop"
         );
-        let checkpoint = store.checkpoint("publisher").await.unwrap();
-        assert_eq!((checkpoint.position, checkpoint.mark, checkpoint.epoch), (head, 1_000, 1), "{kind}");
+        let checkpoint = store.publisher_checkpoint().await.unwrap();
+        assert_eq!((checkpoint.position, checkpoint.sequence, checkpoint.epoch), (head, 1_000, 1), "{kind}");
 
         let stopped = Instant::now();
         reach(&two, "the second publishes", |state| *state == PublisherState::Publishing).await;

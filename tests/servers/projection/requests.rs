@@ -346,8 +346,7 @@ async fn a_retry_after_a_thousand_refused_ones_is_executed() {
     faults.poison.store(false, Ordering::SeqCst);
     sqlx::query(
         "WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 1100)
-         INSERT INTO storied_parked SELECT 'request/retry/asked', i, zeroblob(16), 'storied.request', 'x', 0,
-             'storied.request.retry', 'no', 1, 0 FROM n",
+         INSERT INTO storied_requests SELECT 'asked', 'retry', i, zeroblob(16), 0, 'no' FROM n",
     )
     .execute(database.open().await.pool())
     .await

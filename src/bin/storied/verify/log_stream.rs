@@ -113,8 +113,8 @@ impl LogStream {
         if self.first.is_some() || self.next.is_some() {
             return Ok(true);
         }
-        let known = self.store.checkpoint("publisher").await?;
-        Ok(known.mark == 0 || known.mark < self.reader.last_sequence() || known.position < position)
+        let known = self.store.publisher_checkpoint().await?;
+        Ok(known.sequence == 0 || known.sequence < self.reader.last_sequence() || known.position < position)
     }
 
     fn compare(

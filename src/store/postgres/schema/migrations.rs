@@ -170,7 +170,7 @@ pub(super) async fn migrate(
                 .await
                 .map_err(migrating)?;
         if !known {
-            let home = LogSql::new(schema).record_home;
+            let home = LogSql::new(|sql| schema.text(sql)).record_home;
             sqlx::query(home).persistent(false).execute(&mut *transaction).await.map_err(migrating)?;
         }
     }
