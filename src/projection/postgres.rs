@@ -12,7 +12,8 @@ use super::sealed::Sealed;
 use super::{ProgressRecords, ReadModel};
 use crate::event::Position;
 use crate::store::postgres::{
-    Borrowed, BorrowedTransaction, Schema, TransactionPool, database_of, failed, may_be_of_transaction, prepare_read_model, progress,
+    Borrowed, BorrowedTransaction, Schema, TransactionPool, database_of, failed, may_be_of_transaction,
+    prepare_read_model, progress,
 };
 use crate::store::sql::Progress;
 use crate::store::{
@@ -255,7 +256,10 @@ impl ReadModel for PostgresReadModel {
             shorter("statement_timeout", millis) + &shorter("idle_in_transaction_session_timeout", millis)
         });
         let begin = AssertSqlSafe(format!("BEGIN; SELECT {MARK}{limits}")).into_sql_str();
-        let transaction = self.shared.transactions.begin(begin)
+        let transaction = self
+            .shared
+            .transactions
+            .begin(begin)
             .await
             .map_err(|error| failed(&format!("beginning a transaction of {projection}"), error))?;
         Ok(PostgresOpen { transaction, projection: projection.to_owned() })

@@ -41,7 +41,7 @@ pub(super) struct PublisherTerm<'a> {
 impl PublisherTerm<'_> {
     /// Whether the checkpoint in the store is older than the last confirmed publish.
     pub(super) fn is_unsaved(&self) -> bool {
-        (self.saved.position, self.saved.mark) != (self.end.position, self.end.sequence)
+        (self.saved.position, self.saved.sequence) != (self.end.position, self.end.sequence)
     }
 
     /// Saves the checkpoint.

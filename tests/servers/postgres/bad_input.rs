@@ -15,7 +15,8 @@ use sqlx::{AssertSqlSafe, Connection, Executor};
 use storied::projection::{PostgresReadModel, ReadModel};
 use storied::store::{Append, AppendError, CheckpointKey, CommandRecord, ParkedEvent, ProgressWrite};
 use storied::{
-    Codec, EventName, EventStore, ExpectedVersion, NewEvent, Position, PostgresOptions, PostgresStore, StoreError, StreamId, Version,
+    Codec, EventName, EventStore, ExpectedVersion, NewEvent, Position, PostgresOptions, PostgresStore,
+    StoreError, StreamId, Version,
 };
 use uuid::Uuid;
 

@@ -24,8 +24,8 @@ use crate::support::PostgresServer;
 
 const STATEMENTS: [&str; 3] = [
     include_str!("../../../src/store/postgres/statements.rs"),
-    include_str!("../../src/store/sql/progress.rs"),
-    include_str!("../../src/store/sql/control.rs"),
+    include_str!("../../../src/store/sql/progress.rs"),
+    include_str!("../../../src/store/sql/control.rs"),
 ];
 
 /// Tables that grow with the log. The others have a row for each projection or lease.

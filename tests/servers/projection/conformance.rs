@@ -35,8 +35,7 @@ use crate::support::{self, NatsServer};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Bus {
-    /// No bus.
-    Local,
+    None,
     Core,
     JetStream,
     Durable,
@@ -60,7 +59,7 @@ impl<P: Place> Scene<P> {
             Some(Arc::new(options.ping_interval(Duration::from_millis(300)).bus()))
         };
         let bus = match self.bus {
-            Bus::Local => None,
+            Bus::None => None,
             Bus::Core => quick(NatsOptions::core()),
             Bus::JetStream | Bus::Durable => {
                 quick(NatsOptions::jetstream(JetStreamOptions::new().max_bytes(20 << 20)))
@@ -147,7 +146,7 @@ const SIDE_BY_SIDE: usize = 5;
 
 async fn all<P: Place>(bus: Bus) {
     let (server, url) = match bus {
-        Bus::Local => (None, String::new()),
+        Bus::None => (None, String::new()),
         _ => {
             let server = NatsServer::start(support::NatsOptions::jetstream()).await;
             let url = server.url();
@@ -228,15 +227,15 @@ macro_rules! combinations {
 }
 
 combinations! {
-    memory_over_the_local_bus: Outside, Local;
+    memory_without_a_bus: Outside, None;
     memory_over_core: Outside, Core;
     memory_over_jetstream: Outside, JetStream;
     memory_over_jetstream_durably: Outside, Durable;
-    sqlite_over_the_local_bus: InSqlite, Local;
+    sqlite_without_a_bus: InSqlite, None;
     sqlite_over_core: InSqlite, Core;
     sqlite_over_jetstream: InSqlite, JetStream;
     sqlite_over_jetstream_durably: InSqlite, Durable;
-    postgres_over_the_local_bus: InPostgres, Local;
+    postgres_without_a_bus: InPostgres, None;
     postgres_over_core: InPostgres, Core;
     postgres_over_jetstream: InPostgres, JetStream;
     postgres_over_jetstream_durably: InPostgres, Durable;

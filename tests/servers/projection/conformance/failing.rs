@@ -134,7 +134,7 @@ pub async fn does_not_affect_other_projections<P: Place>(scene: Scene<P>) {
         catch_up(&well, last).await;
     }
     // Projections read the store: the publisher may lag.
-    let state = if scene.bus == Bus::Local { PublisherState::Idle } else { PublisherState::Publishing };
+    let state = if scene.bus == Bus::None { PublisherState::Idle } else { PublisherState::Publishing };
     eventually("it publishes, if there is a bus", || node.publisher().state == state).await;
     assert!(scene.place.seen("failed").await.is_empty() && hung.positions().is_empty());
     gate.open();
