@@ -9,13 +9,19 @@ use ractor::concurrency::OneshotSender;
 use tokio::sync::OwnedSemaphorePermit;
 use uuid::Uuid;
 
-use super::NotExecutedKind;
 use super::hooks::CommandHooks;
-use super::target::{Answer, Routed, RoutedCommand, TargetStatus, ToAggregate};
+use super::target::{Answer, Routed, RoutedCommand, Target, TargetStatus, ToAggregate};
 use super::wire::{Done, Failure, Kind, lost_reply};
+use super::{NotExecutedKind, Receipt};
 use crate::aggregate::{self, Aggregate, CommandRequest, RouterActor, RouterMessage, RouterStatus};
 use crate::codec::to_cbor;
 use crate::event::{Event, StreamId};
+
+impl<A: Aggregate> Target for ToAggregate<A> {
+    type Command = A::Command;
+    type Answer = Receipt<A::Reply>;
+    type Error = A::Error;
+}
 
 impl<A: Aggregate> Routed for ToAggregate<A> {
     type Shared = aggregate::Shared<A>;

@@ -8,6 +8,7 @@ mod message;
 mod nested_commands;
 mod options;
 mod run;
+mod status;
 mod target;
 mod worker_slot;
 mod yield_slot;
@@ -21,6 +22,7 @@ use uuid::Uuid;
 pub use self::context::HandlerContext;
 pub(crate) use self::job::Shared as HandlerShared;
 pub use self::options::HandlerOptions;
+pub use self::status::HandlerStatus;
 pub(super) use self::yield_slot::{YieldSlot, yield_slot_while};
 use super::ExecuteError;
 
@@ -136,16 +138,6 @@ impl<E, N: fmt::Display> From<ExecuteError<N>> for HandleError<E> {
     fn from(error: ExecuteError<N>) -> Self {
         Self::Failed(error.to_string())
     }
-}
-
-/// The status of a handler. Serializes as a map of its fields.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-#[non_exhaustive]
-pub struct HandlerStatus {
-    /// Name of the handler.
-    pub name: &'static str,
-    /// Number of commands in flight, including queued ones.
-    pub in_flight: usize,
 }
 
 /// The answer of a handler. The outcome of the command is durable.

@@ -13,11 +13,11 @@ use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::Instant;
 use uuid::Uuid;
 
-use super::handler::{Handled, Handler, HandlerStatus};
+use super::handler::HandlerStatus;
 use super::hooks::{CommandHooks, CommandInfo};
 use super::wire::{Done, Failure, Kind};
-use super::{ExecuteError, NotExecutedKind, Receipt};
-use crate::aggregate::{Aggregate, RouterStatus};
+use super::{ExecuteError, NotExecutedKind};
+use crate::aggregate::RouterStatus;
 use crate::event::{Metadata, StreamId};
 use crate::store::ExpectedVersion;
 use crate::telemetry::trace::CommandSpan;
@@ -33,7 +33,7 @@ mod sealed {
 pub trait Target: sealed::Sealed + Send + Sync + 'static {
     /// Command of the target.
     type Command: Serialize + DeserializeOwned + Send + Sync + 'static;
-    /// Answer to a command: [`Receipt`] of an aggregate, [`Handled`] of a handler.
+    /// Answer to a command: [`Receipt`](super::Receipt) or [`Handled`](super::Handled).
     type Answer: Send + 'static;
     /// Reason for rejecting a command.
     type Error: std::error::Error + Serialize + DeserializeOwned + Send + Sync + 'static;
@@ -41,12 +41,6 @@ pub trait Target: sealed::Sealed + Send + Sync + 'static {
 
 /// The aggregates of type `A` as the target of a command.
 pub struct ToAggregate<A>(PhantomData<fn() -> A>);
-
-impl<A: Aggregate> Target for ToAggregate<A> {
-    type Command = A::Command;
-    type Answer = Receipt<A::Reply>;
-    type Error = A::Error;
-}
 
 impl<A> fmt::Debug for ToAggregate<A> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -56,12 +50,6 @@ impl<A> fmt::Debug for ToAggregate<A> {
 
 /// The handler `H` as the target of a command.
 pub struct ToHandler<H>(PhantomData<fn() -> H>);
-
-impl<H: Handler> Target for ToHandler<H> {
-    type Command = H::Command;
-    type Answer = Handled<H::Reply>;
-    type Error = H::Error;
-}
 
 impl<H> fmt::Debug for ToHandler<H> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -11,14 +11,21 @@ use super::actor::HandlerActor;
 use super::caller::{Caller, CallerPermit, ReleaseOnDrop};
 use super::job::Shared;
 use super::message::Message;
-use super::{Handled, Handler, HandlerStatus};
+use super::status::HandlerStatus;
+use super::{Handled, Handler};
 use crate::codec::to_cbor;
 use crate::command::NotExecutedKind;
 use crate::command::hooks::CommandHooks;
-use crate::command::target::{Answer, Routed, RoutedCommand, TargetStatus, ToHandler};
+use crate::command::target::{Answer, Routed, RoutedCommand, Target, TargetStatus, ToHandler};
 use crate::command::wire::{Done, Failure, Kind, lost_reply, read_reply};
 use crate::event::StreamId;
 use crate::panic::caught;
+
+impl<H: Handler> Target for ToHandler<H> {
+    type Command = H::Command;
+    type Answer = Handled<H::Reply>;
+    type Error = H::Error;
+}
 
 impl<H: Handler> Routed for ToHandler<H> {
     type Shared = Shared<H>;

@@ -227,7 +227,7 @@ fn wrong(scan: &str) -> Option<&'static str> {
         "commands_pkey" => "id",
         "commands_by_age" => "recorded_at",
         "snapshots_pkey" => "category",
-        "parked_pkey" => "name",
+        "parked_pkey" => "projection",
         _ => return Some("an index that this test does not know"),
     };
     (!leads(first)).then_some("the index does not lead to the rows")
