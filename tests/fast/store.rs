@@ -16,7 +16,6 @@ mod on_memory {
 }
 
 mod sqlite;
-#[cfg(feature = "sqlite")]
 
 mod on_sqlite {
     storied::event_store_suite!(super::sqlite::database());
