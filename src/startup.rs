@@ -6,12 +6,21 @@ use std::time::Duration;
 use tokio::time::{Instant, sleep, timeout_at};
 
 use crate::backoff::Backoff;
+use crate::event::Position;
 use crate::notice::with_notice;
-use crate::store::StoreError;
+use crate::store::{EventStore, StoreError};
 use crate::time::after;
 
 /// Default time limit of a start.
 pub(crate) const START_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Reads the high-water mark of the log; retries for at most `limit` while the store is unreachable.
+///
+/// # Errors
+/// The error of the last attempt.
+pub(crate) async fn end_of_log(store: &dyn EventStore, limit: Duration) -> Result<Position, StoreError> {
+    wait_for("reading the high-water mark", limit, || None, || store.high_water_mark()).await
+}
 
 /// Repeats `attempt` until it succeeds, fails permanently, or `limit` is over.
 ///

@@ -25,7 +25,7 @@ use crate::projection::{
     ProjectionOptions, ReadModel,
 };
 use crate::publisher::{Publisher, PublisherOptions};
-use crate::startup::{self, START_TIMEOUT};
+use crate::startup::{START_TIMEOUT, end_of_log};
 use crate::store::{EventStore, GroupCommitter, IntoEventStore};
 use crate::supervised::{Supervisor, Task};
 use crate::telemetry::Metrics;
@@ -248,13 +248,7 @@ impl Builder {
     pub async fn start(mut self) -> Result<Runtime, StartError> {
         let store = self.store.take().ok_or(StartError::NoStore)?;
         self.check_registrations()?;
-        let log_end = startup::wait_for(
-            "reading the high-water mark",
-            self.start_timeout,
-            || None,
-            || store.high_water_mark(),
-        )
-        .await?;
+        let log_end = end_of_log(&*store, self.start_timeout).await?;
         let mut projections = Vec::with_capacity(self.projections.len());
         for registration in self.projections {
             projections.push(registration.check(&store, self.bus.as_deref(), log_end).await?);
