@@ -175,10 +175,8 @@ fn items_that_are_named_exist() {
     let mut sources = Vec::new();
     files(&root().join("src"), true, &mut sources);
     let sources: Vec<String> = sources.iter().filter_map(|path| fs::read_to_string(path).ok()).collect();
-    let ours = |name: &str| {
-        let heads = ["struct", "enum", "trait", "type"].map(|kind| format!("pub {kind} {name}"));
-        sources.iter().any(|source| heads.iter().any(|head| has_word(source, head)))
-    };
+    let ours: BTreeSet<&str> =
+        sources.iter().flat_map(|source| source.lines()).filter_map(public_type).collect();
     // Covers macros too, because their types are unknown here.
     let about = |name: &str| {
         let heads = ["struct ", "enum ", "trait ", "for ", "impl ", "> "].map(|head| format!("{head}{name}"));
@@ -195,7 +193,7 @@ fn items_that_are_named_exist() {
             let (Some(of), Some(item), None) = (named.next(), named.next(), named.next()) else {
                 return Ok(());
             };
-            if !of.starts_with(char::is_uppercase) || item.is_empty() || !ours(of) {
+            if !of.starts_with(char::is_uppercase) || item.is_empty() || !ours.contains(of) {
                 return Ok(());
             }
             let heads = ["fn", "const", "type"].map(|kind| format!("{kind} {item}"));
@@ -210,6 +208,13 @@ fn items_that_are_named_exist() {
             if there { Ok(()) } else { Err(format!("{of} has no {item}")) }
         },
     );
+}
+
+/// Returns the name of the public type that the line defines.
+fn public_type(line: &str) -> Option<&str> {
+    let (kind, name) = line.trim_start().strip_prefix("pub ")?.split_once(' ')?;
+    let name = name.split(|c: char| !(c.is_alphanumeric() || c == '_')).next();
+    name.filter(|_| ["struct", "enum", "trait", "type"].contains(&kind))
 }
 
 /// Returns whether `text` contains `words` as whole words.
