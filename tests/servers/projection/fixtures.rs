@@ -692,7 +692,8 @@ pub struct Link {
     wall: Arc<AtomicU64>,
     /// Number of positions at the end of the log that do not look stable yet.
     pub unstable: Arc<AtomicU64>,
-    /// Number of pages with events that were read from the log.
+    /// Number of pages with events that were read from the log. A read of one event asks for its age:
+    /// it depends on the time.
     pub reads: Arc<AtomicU64>,
     /// Number of calls that renewed leases.
     pub renewals: Arc<AtomicU64>,
@@ -803,11 +804,11 @@ impl EventStore for Link {
             while read.after.get() >= self.wall.load(Ordering::SeqCst) {
                 tokio::time::sleep(Duration::from_millis(1)).await;
             }
-            let after = read.after;
+            let (after, of_a_page) = (read.after, read.limit > 1);
             let inside =
                 ReadLog { after: self.inside(after), upto: read.upto.map(|upto| self.inside(upto)), ..read };
             let mut page = self.inner.read_log(inside).await?;
-            self.reads.fetch_add(u64::from(!page.events.is_empty()), Ordering::SeqCst);
+            self.reads.fetch_add(u64::from(of_a_page && !page.events.is_empty()), Ordering::SeqCst);
             page.head = self.outside(page.head);
             page.scanned_to = self.outside(page.scanned_to).max(after);
             for event in &mut page.events {
