@@ -329,6 +329,9 @@ impl Committer {
         // One of these cannot be stored; the others must not fail with it.
         let suspects = batch.iter().zip(&answers).filter(|(_, answer)| refused(answer));
         let suspects: usize = suspects.map(|(submissions, _)| submissions.len()).sum();
+        if suspects > 1 {
+            tracing::warn!(appends = suspects, "the event store refused a batch; appending it in halves");
+        }
         for (submissions, answer) in batch.into_iter().zip(answers) {
             let Some(stream) = submissions.first().map(|first| first.stream.clone()) else { continue };
             if suspects > 1 && refused(&answer) {

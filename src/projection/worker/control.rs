@@ -135,8 +135,9 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
         let outside = self.outside();
         let change = async {
             let emptied = self.patiently(Change::Reset, requested).await?;
-            if emptied {
-                self.withdraw_triggers(triggers).await?;
+            // The read model is empty: other nodes must learn of it in any case.
+            if emptied && let Err(error) = self.withdraw_triggers(triggers).await {
+                tracing::warn!(projection = name, %error, "could not withdraw the triggers; the projection applies up to them at once");
             }
             Ok(emptied)
         };

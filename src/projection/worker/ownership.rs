@@ -104,6 +104,8 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
                     );
                     self.lease = Some(lease);
                     self.saved = None;
+                    // A request that came while no node was responsible.
+                    (self.requests_due, self.retries_due) = (true, true);
                     return context.lease_watcher.hint();
                 }
                 Ok(None) => context.lease_watcher.hint(),

@@ -77,6 +77,8 @@ struct Page {
 /// A page that is being read, in a task that is aborted on drop.
 struct PageRead {
     after: Position,
+    /// End of the read; `None`: the end of the log.
+    upto: Option<Position>,
     began_at: Instant,
     result: watch::Receiver<Option<Result<Arc<Page>, StoreError>>>,
     _task: Task,
@@ -114,7 +116,7 @@ impl PageCache {
         partition: Partition,
         reach: Position,
     ) -> Result<LogPage, Interruption> {
-        let (after, called_at) = (read.after, Instant::now());
+        let (after, upto, called_at) = (read.after, read.upto, Instant::now());
         let mut joined = false;
         loop {
             let page_read = match self.find(store, &read, reach, !joined) {
@@ -122,7 +124,8 @@ impl PageCache {
                 Found::Read(page_read) => page_read,
             };
             let page = page_read.page().await?;
-            let fresh = page_read.after == after && page_read.began_at >= called_at;
+            let reaches = page_read.upto.is_none_or(|end| upto.is_some_and(|upto| upto <= end));
+            let fresh = page_read.after == after && reaches && page_read.began_at >= called_at;
             if fresh || page.serves(after, reach) {
                 return Ok(page.part(partition, after));
             }
@@ -165,7 +168,7 @@ impl PageCache {
 
     fn begin(&self, store: Arc<dyn EventStore>, read: ReadLog) -> Arc<PageRead> {
         let (sender, result) = watch::channel(None);
-        let (after, began_at, inner) = (read.after, Instant::now(), self.inner.clone());
+        let (after, upto, began_at, inner) = (read.after, read.upto, Instant::now(), self.inner.clone());
         let task = Task::spawn(async move {
             let read = read.limit(inner.limit);
             let page = match store.read_log(read).await {
@@ -178,7 +181,7 @@ impl PageCache {
             };
             sender.send_replace(Some(page));
         });
-        Arc::new(PageRead { after, began_at, result, _task: task })
+        Arc::new(PageRead { after, upto, began_at, result, _task: task })
     }
 
     /// Returns when the first event after a position was recorded. Cancel-safe.

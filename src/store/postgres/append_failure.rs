@@ -30,9 +30,13 @@ impl Failure {
         }
         let class = class_of(&error);
         let error = failed(DOING, error);
-        match class {
-            ErrorClass::Retry => Failure::Retry(error),
-            ErrorClass::Refused | ErrorClass::Failed | ErrorClass::Unknown => Failure::Failed(error),
+        match (class, error) {
+            (ErrorClass::Retry, error) => Failure::Retry(error),
+            // Also a code of the application's own: the writer isolates what is `Invalid`.
+            (ErrorClass::Refused, error @ StoreError::Storage { .. }) => {
+                Failure::Failed(StoreError::Invalid { reason: error.to_string() })
+            }
+            (ErrorClass::Refused | ErrorClass::Failed | ErrorClass::Unknown, error) => Failure::Failed(error),
         }
     }
 }

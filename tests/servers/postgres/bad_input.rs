@@ -408,13 +408,15 @@ async fn huge_and_poisoned_events() {
     run(
         &url,
         "ALTER TABLE storied.events ADD CHECK (name <> 'order.poison');
-         CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE EXCEPTION 'no bane'; END $$;
-         CREATE TRIGGER bane BEFORE INSERT ON storied.events FOR EACH ROW WHEN (new.name = 'order.bane')
+         CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN 
+            IF new.name = 'order.curse' THEN RAISE EXCEPTION 'no curse' USING ERRCODE = 'SHOP1'; END IF;
+            RAISE EXCEPTION 'no bane'; END $$;
+         CREATE TRIGGER bane BEFORE INSERT ON storied.events FOR EACH ROW WHEN (new.name IN ('order.bane', 'order.curse'))
          EXECUTE FUNCTION refuse()",
     )
     .await;
     let before = whole_log(&store).await.len();
-    for name in ["order.poison", "order.bane"] {
+    for name in ["order.poison", "order.bane", "order.curse"] {
         let poison = NewEvent { name: EventName::new(name).unwrap(), ..event() };
         for answer in store.append(vec![one("p1", event()), one("p2", poison), one("p3", event())]).await {
             assert!(matches!(answer, Err(AppendError::Store(StoreError::Invalid { .. }))), "{answer:?}");
