@@ -34,6 +34,12 @@ pub(super) fn blame(context: &TaskConfig, error: &ApplyError) -> ControlError {
     }
 }
 
+/// Returns the error of a change that found other versions than it began with.
+pub(super) fn versions_changed(context: &TaskConfig, doing: &str) -> ControlError {
+    let reason = format!("{doing} failed: the versions have changed");
+    ControlError::Conflict { name: context.name.clone(), reason }
+}
+
 /// Returns the conversion of an error of a checkpoint; a conflict is retried.
 pub(super) fn refused(context: &TaskConfig) -> impl Fn(CheckpointError) -> ControlError {
     let converted = interrupted(context);

@@ -91,6 +91,21 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
         self.change_control(ControlChange::Announce).await
     }
 
+    /// Announces a change that was made under the order lease, before the release of that lease.
+    ///
+    /// Returns whether it is announced. Otherwise the lease must not be released: other nodes notice
+    /// the change when it expires.
+    pub(super) async fn announce(&mut self, change: &str) -> bool {
+        let announced = self.notify_tasks().await;
+        if let Err(error) = &announced {
+            tracing::warn!(
+                projection = self.context.name, change, %error,
+                "could not announce a change; other nodes notice it when the order lease expires"
+            );
+        }
+        announced.is_ok()
+    }
+
     async fn change_control(&mut self, change: ControlChange) -> Result<(), ControlError> {
         let TaskConfig { store, name, lease_watcher, .. } = self.context;
         let changed = store.control(name, change).await?;
@@ -132,7 +147,10 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
         let triggers = context.control_state().await?.triggers;
         let mut order = if self.read_model.shared() { Some(self.order().await?) } else { None };
         self.discard_snapshot().await?;
-        let outside = self.outside();
+        let held = match order.take_if(|_| self.outside()) {
+            Some(order) => Some(hold(context, &order).await?),
+            None => None,
+        };
         let change = async {
             let emptied = self.patiently(Change::Reset, requested).await?;
             // The read model is empty: other nodes must learn of it in any case.
@@ -141,26 +159,26 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
             }
             Ok(emptied)
         };
-        let emptied = match order.take_if(|_| outside) {
-            Some(order) => while_held(context, order, change).await,
+        let emptied = match &held {
+            Some(held) => while_held(context, held, change).await,
             None => change.await,
         };
-        if let Some(order) = order
-            && let Err(error) = store.release_lease(&order).await
-        {
-            tracing::warn!(projection = name, %error, "could not release the order lease; the projection is held up until it expires");
+        let changed = self.read_model.shared() && matches!(emptied, Ok(true));
+        if !changed || self.announce("reset").await {
+            if let Some(held) = held {
+                held.release().await;
+            }
+            if let Some(order) = order
+                && let Err(error) = store.release_lease(&order).await
+            {
+                tracing::warn!(projection = name, %error, "could not release the order lease; the projection is held up until it expires");
+            }
         }
         lease_watcher.hint();
-        if !emptied? {
-            return Ok(());
+        if emptied? {
+            tracing::info!(projection = name, "reset the projection; applying the log from its start");
+            self.begin_anew();
         }
-        tracing::info!(projection = name, "reset the projection; applying the log from its start");
-        if self.read_model.shared()
-            && let Err(error) = self.notify_tasks().await
-        {
-            tracing::warn!(projection = name, %error, "could not report the reset to other nodes; their owners notice it when they write");
-        }
-        self.begin_anew();
         Ok(())
     }
 
@@ -394,25 +412,25 @@ fn unpark_all(moves: &[ProgressWrite]) -> Vec<ProgressWrite> {
     keys.map(|key| ProgressWrite::UnparkAll { key }).collect()
 }
 
+/// Renews the order lease until it is released.
+async fn hold(context: &TaskConfig, order: &Lease) -> Result<HeldLease, ControlError> {
+    let TaskConfig { lease_watcher, name, metrics, .. } = context;
+    let held =
+        HeldLease::take(lease_watcher.renewer(), &order.name, order.owner, ORDER, None, metrics).await?;
+    held.ok_or_else(|| ControlError::Overloaded { name: name.clone() })
+}
+
 /// Runs a change while the order lease holds up all tasks; aborts it if the lease is lost.
 async fn while_held(
     context: &TaskConfig,
-    order: Lease,
+    order: &HeldLease,
     change: impl Future<Output = Result<bool, ControlError>>,
 ) -> Result<bool, ControlError> {
-    let TaskConfig { lease_watcher, name, metrics, .. } = context;
-    let Some(order) =
-        HeldLease::take(lease_watcher.renewer(), &order.name, order.owner, ORDER, None, metrics).await?
-    else {
-        return Err(ControlError::Overloaded { name: name.clone() });
-    };
-    let changed = tokio::select! {
+    tokio::select! {
         changed = change => changed,
         () = order.loss() => {
             let reason = "changing the projection failed: the order lease was lost".into();
-            Err(ControlError::Conflict { name: name.clone(), reason })
+            Err(ControlError::Conflict { name: context.name.clone(), reason })
         }
-    };
-    order.release().await;
-    changed
+    }
 }

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use tokio::time::{Instant, timeout};
 
-use super::change::{GRACE, blame, refused};
+use super::change::{GRACE, blame, refused, versions_changed};
 use super::context::TaskConfig;
 use super::rebuild::{RETRY_PAUSE, RebuildProgress, Switch};
 use super::task::{ProjectionTask, Source};
@@ -60,9 +60,9 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
                 if behind == 0 {
                     self.cut_over().await?;
                     self.switch_backoff.succeeded();
-                    self.give_up_switching().await;
-                    if let Err(error) = self.notify_tasks().await {
-                        tracing::warn!(projection = self.context.name, %error, "could not report the cut-over to other nodes; their owners notice it when they write");
+                    match self.announce("cut-over").await {
+                        true => self.give_up_switching().await,
+                        false => self.switch = None,
                     }
                     self.reload();
                     self.tick_at = Instant::now();
@@ -123,7 +123,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
             let found = read_model.adopt(&mut open, name).await?;
             let from = found.projection;
             if from.building_version != Some(version) {
-                return Err(self.versions_changed("cutting over"));
+                return Err(versions_changed(self.context, "cutting over"));
             }
             for (old, new) in layout.keys(from.live_version).zip(layout.keys(version)) {
                 let lags = found.checkpoint(&new).position < found.checkpoint(&old).position;

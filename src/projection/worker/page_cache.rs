@@ -124,8 +124,8 @@ impl PageCache {
                 Found::Read(page_read) => page_read,
             };
             let page = page_read.page().await?;
-            let reaches = page_read.upto.is_none_or(|end| upto.is_some_and(|upto| upto <= end));
-            let fresh = page_read.after == after && reaches && page_read.began_at >= called_at;
+            let covers = covers(page_read.upto, upto);
+            let fresh = page_read.after == after && covers && page_read.began_at >= called_at;
             if fresh || page.serves(after, reach) {
                 return Ok(page.part(partition, after));
             }
@@ -230,6 +230,11 @@ impl Inner {
     }
 }
 
+/// Returns whether a read up to `end` answers one up to `upto`; `None` is the end of the log.
+fn covers(end: Option<Position>, upto: Option<Position>) -> bool {
+    end.is_none_or(|end| upto.is_some_and(|upto| upto <= end))
+}
+
 /// Removes unused pages, until there are none.
 async fn sweep(inner: Weak<Inner>) {
     loop {
@@ -321,6 +326,21 @@ mod tests {
         let events = (after + 1..=scanned_to).map(|position| recorded(position, 8)).collect();
         let (scanned_to, head) = (Position::new(scanned_to), Position::new(head));
         Page::new(Position::new(after), LogPage { events, scanned_to, head }, 4)
+    }
+
+    #[test]
+    fn a_read_answers_no_longer_one() {
+        let [none, near, far] = [None, Some(Position::new(100)), Some(Position::new(120))];
+        for (end, upto, expected) in [
+            (none, none, true),
+            (none, far, true),
+            (far, near, true),
+            (far, far, true),
+            (near, far, false),
+            (far, none, false),
+        ] {
+            assert_eq!(covers(end, upto), expected, "{end:?} {upto:?}");
+        }
     }
 
     fn serves(page: &Page, after: u64, reach: u64) -> bool {

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use tokio::time::{Instant, timeout};
 
-use super::change::{Change, GRACE, ORDER, blame, interrupted, refused};
+use super::change::{Change, GRACE, ORDER, blame, interrupted, refused, versions_changed};
 use super::context::TaskConfig;
 use super::task::ProjectionTask;
 use super::user_code::catch_panic;
@@ -186,7 +186,8 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
         &mut self,
         requested: Option<&StoredRequest>,
     ) -> Result<bool, ControlError> {
-        let (TaskConfig { name, .. }, read_model) = (self.context, self.read_model);
+        let (context, read_model) = (self.context, self.read_model);
+        let TaskConfig { name, .. } = context;
         if let Some(requested) = requested
             && !self.is_waiting(requested).await?
         {
@@ -197,10 +198,8 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
         let change = async {
             let found = read_model.adopt(&mut open, name).await?;
             if found.projection.building_version != Some(version) {
-                return Err(self.versions_changed("ending the rebuild"));
+                return Err(versions_changed(context, "ending the rebuild"));
             }
-            let ended = StoredProjection { building_version: None, ..found.projection };
-            self.change_projection(&mut open, found.projection, ended).await?;
             let mut writes = Vec::new();
             // The rebuild has as many parts as it began with, independent of this program's setting.
             for key in Layout::new(name, found.projection.partitions).keys(version) {
@@ -209,17 +208,17 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
                 writes.push(ProgressWrite::Checkpoint { key: key.clone(), from, to });
                 writes.push(ProgressWrite::UnparkAll { key });
             }
+            // After the checkpoints, as at a cut-over: two transactions that lock in different
+            // orders would wait for each other.
+            let (name, from) = (name.clone(), found.projection);
+            let to = StoredProjection { building_version: None, ..from };
+            writes.push(ProgressWrite::Projection { name, from, to });
             Ok(Some(writes))
         };
         let change = change.await;
         self.end(open, change).await?;
         tracing::info!(projection = name, version, "cancelled the rebuild");
         Ok(true)
-    }
-
-    pub(super) fn versions_changed(&self, doing: &str) -> ControlError {
-        let reason = format!("{doing} failed: the versions have changed");
-        ControlError::Conflict { name: self.context.name.clone(), reason }
     }
 
     /// Drops the data of the next version, unless a new rebuild writes to it; deletes the request.

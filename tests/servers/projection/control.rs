@@ -626,6 +626,29 @@ async fn a_replay_is_marked_and_sends_nothing_again() {
     }
 }
 
+/// The end of the order lease announces the reset then.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_reset_that_cannot_be_announced_reaches_the_owner() {
+    let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
+    append(&store, 0, 1..=5).await;
+    let (database, link) = (Database::new().await, Link::new(&store));
+    let cut: Arc<dyn EventStore> = Arc::new(link.clone());
+    let (one, two) = (local_node(&store).await, local_node(&cut).await);
+    let owner = one.projection(table("table"), database.open().await, options()).await;
+    owner.wait_until_caught_up(PATIENCE).await.unwrap();
+    let standby = two.projection(table("table"), database.open().await, options()).await;
+    reach(&standby, ProjectionState::Standby).await;
+    assert_eq!(database.seen("table").await.len(), 5);
+    link.uncontrolled.store(true, Ordering::SeqCst);
+    standby.reset().await.unwrap();
+    crate::support::eventually_async("the owner applies the log again", async || {
+        database.seen("table").await.len() == 5
+    })
+    .await;
+    one.stop(PATIENCE).await.unwrap();
+    two.stop(PATIENCE).await.unwrap();
+}
+
 /// The other nodes notice the reset only later: until then, their last known position is old.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_wait_on_another_node_sees_a_reset_at_once() {

@@ -680,6 +680,8 @@ pub struct Link {
     inner: Arc<dyn EventStore>,
     /// Every call fails.
     pub down: Arc<AtomicBool>,
+    /// Changes of the control state fail.
+    pub uncontrolled: Arc<AtomicBool>,
     /// Renewals of leases do not return.
     pub mute: Arc<AtomicBool>,
     /// Lists of leases do not return either: this node receives no notifications of others.
@@ -718,6 +720,7 @@ impl Link {
         Self {
             inner: inner.clone(),
             down: Arc::default(),
+            uncontrolled: Arc::default(),
             mute: Arc::default(),
             blind: Arc::default(),
             apart: None,
@@ -758,10 +761,14 @@ impl Link {
 
     fn check(&self) -> Result<(), StoreError> {
         if self.down.load(Ordering::SeqCst) {
-            return Err(StoreError::Unavailable { reason: "cut off".into(), source: None });
+            return Err(cut_off());
         }
         Ok(())
     }
+}
+
+fn cut_off() -> StoreError {
+    StoreError::Unavailable { reason: "cut off".into(), source: None }
 }
 
 macro_rules! through {
@@ -880,7 +887,13 @@ impl EventStore for Link {
         projection: &'a str,
         change: ControlChange,
     ) -> BoxFuture<'a, Result<ProjectionControl, StoreError>> {
-        through!(self, self.inner.control(projection, change))
+        Box::pin(async move {
+            self.check()?;
+            if self.uncontrolled.load(Ordering::SeqCst) {
+                return Err(cut_off());
+            }
+            self.inner.control(projection, change).await
+        })
     }
 
     fn publisher_checkpoint(&self) -> BoxFuture<'_, Result<PublisherCheckpoint, StoreError>> {

@@ -132,6 +132,28 @@ async fn seen_to(operator: &Operator) {
     }
 }
 
+/// An operator that is cut off after its request has announced nothing.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_owner_that_takes_over_reads_the_requests() {
+    let (faults, database) = (Faults::default(), Database::new().await);
+    let inner: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
+    let (link, far) = (Link::new(&inner), Link::new(&inner));
+    let store: Arc<dyn EventStore> = Arc::new(link.clone());
+    let head = append(&store, 0, 0..3).await;
+    let node = local_node(&store).await;
+    let handle = node.rebuildable(make(&faults), database.open().await, short_lived()).await;
+    catch_up(&handle, head).await;
+    let operator = Operator::new(Arc::new(far.clone()), database.open().await).await.unwrap();
+    far.uncontrolled.store(true, Ordering::SeqCst);
+    operator.ask("asked", Request::Reset).await.unwrap_err();
+    link.mute.store(true, Ordering::SeqCst);
+    reach(&handle, ProjectionState::Standby).await;
+    link.mute.store(false, Ordering::SeqCst);
+    eventually("the projection is reset", || faults.resets.load(Ordering::SeqCst) == 1).await;
+    seen_to(&operator).await;
+    node.stop(PATIENCE).await.unwrap();
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_delayed_request_blocks_nothing() {
     let faults = Faults::default();
