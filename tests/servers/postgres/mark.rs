@@ -80,6 +80,20 @@ impl Projection for Kept {
     }
 }
 
+/// A read at the mark goes on without a query of the mark, but not beyond its end.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_read_beyond_the_mark_stops_at_its_end() {
+    let url = PostgresServer::shared().await.create_database().await;
+    let node = async || PostgresStore::connect(&url).await.unwrap();
+    let (reader, writer) = (node().await, node().await);
+    let first = append(&writer, &stream(1), exact(0), events(1)).await.unwrap().positions[0];
+    assert_eq!(reader.high_water_mark().await.unwrap(), first);
+    let next = append(&writer, &stream(1), exact(1), events(3)).await.unwrap().positions;
+    let page = reader.read_log(ReadLog::after(first).upto(next[1]).limit(500)).await.unwrap();
+    let read: Vec<_> = page.events.iter().map(|event| event.position).collect();
+    assert_eq!((&read[..], page.scanned_to), (&next[..2], next[1]));
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_projection_is_claimed_below_its_checkpoint() {
     let url = PostgresServer::shared().await.create_database().await;
