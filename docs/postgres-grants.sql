@@ -6,10 +6,10 @@
 -- storied.append() and storied.append_one(), which run with the rights of their owner and check
 -- their arguments.
 GRANT USAGE ON SCHEMA storied TO shop;
-GRANT SELECT ON storied.events, storied.positions, storied.meta TO shop;
+GRANT SELECT ON storied.events, storied.streams, storied.names, storied.positions, storied.meta TO shop;
 GRANT SELECT ON storied.migrations, storied.read_model_migrations TO shop;
-GRANT EXECUTE ON FUNCTION storied.append, storied.append_one TO shop;
-GRANT EXECUTE ON FUNCTION storied.high_water_mark, storied.command_events, storied.stream_key TO shop;
+GRANT EXECUTE ON FUNCTION storied.append, storied.append_one, storied.number_names TO shop;
+GRANT EXECUTE ON FUNCTION storied.high_water_mark, storied.command_events, storied.stream_number TO shop;
 GRANT SELECT, INSERT, UPDATE ON storied.leases, storied.snapshots, storied.controls, storied.publisher TO shop;
 GRANT SELECT, INSERT, UPDATE ON storied.projections, storied.checkpoints TO shop;
 GRANT SELECT, INSERT, UPDATE, DELETE ON storied.parked, storied.requests TO shop;
@@ -20,7 +20,7 @@ GRANT UPDATE (recorded_at) ON storied.commands TO shop;  -- to lock records that
 GRANT USAGE ON SCHEMA storied TO shop_reader;
 GRANT SELECT ON ALL TABLES IN SCHEMA storied TO shop_reader;
 GRANT SELECT ON storied.positions TO shop_reader;
-GRANT EXECUTE ON FUNCTION storied.high_water_mark, storied.stream_key TO shop_reader;
+GRANT EXECUTE ON FUNCTION storied.high_water_mark, storied.stream_number TO shop_reader;
 
 -- A read model in another database: the login of PostgresReadModel, after the tables of that schema
 -- exist. Grant the rights on the tables of the read model itself separately.

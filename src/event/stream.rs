@@ -65,6 +65,11 @@ impl StreamId {
         Self { category, id }
     }
 
+    #[cfg(feature = "postgres")]
+    pub(crate) fn category_name(&self) -> &Category {
+        &self.category
+    }
+
     /// Returns the category.
     pub fn category(&self) -> &str {
         self.category.as_str()

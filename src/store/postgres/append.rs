@@ -37,7 +37,7 @@ pub(super) async fn append(core: &Arc<PgInner>, batch: Vec<Append>) -> Vec<Resul
 /// Sends calls until every append of the batch has an outcome.
 async fn send_until_resolved(core: &Arc<PgInner>, batch: Vec<Append>) -> Vec<Result<Appended, AppendError>> {
     let mut outcomes: Vec<Outcome> = vec![None; batch.len()];
-    let (mut attempts, mut lost_races) = (0, 0);
+    let (mut attempts, mut lost_races, mut other_servers) = (0, 0, 0);
     let error = loop {
         let pending = || batch.iter().zip(&outcomes).filter(|(_, outcome)| outcome.is_none());
         let appends: Vec<&Append> = pending().map(|(append, _)| append).collect();
@@ -59,6 +59,11 @@ async fn send_until_resolved(core: &Arc<PgInner>, batch: Vec<Append>) -> Vec<Res
             }
             Failure::VersionRace => {
                 let reason = format!("{DOING}: other writers were faster in every attempt; retry later");
+                break Some(StoreError::Unavailable { reason, source: None });
+            }
+            Failure::OtherServer if other_servers < ATTEMPTS => other_servers += 1,
+            Failure::OtherServer => {
+                let reason = format!("{DOING}: every attempt reached another server process; retry later");
                 break Some(StoreError::Unavailable { reason, source: None });
             }
             Failure::Retry(error) | Failure::NotSent(error) => {

@@ -9,11 +9,12 @@ use sqlx::postgres::PgRow;
 use super::super::{Append, AppendError, Appended, Conflict, ExpectedVersion, StoreError, StreamAppend};
 use super::append_failure::{CommitHandle, DOING, Failure};
 use super::connection::Session;
-use super::convert::{from_sql, stream_key, to_sql};
+use super::convert::{from_sql, to_sql};
 use super::durability;
 use super::error::{ErrorClass, class_of, failed};
 use super::inner::PgInner;
-use crate::event::{NewEvent, Position, RecordedEvent, Version};
+use super::numbers::{NumberingError, SeenEvent};
+use crate::event::{NewEvent, Position, RecordedEvent, StreamId, Version};
 
 /// The outcome of an append.
 ///
@@ -23,6 +24,14 @@ pub(super) type Outcome = Option<Result<Appended, AppendError>>;
 /// Sends appends in one transaction; returns the outcome of each.
 pub(super) async fn call(core: &Arc<PgInner>, appends: &[&Append]) -> Result<Vec<Outcome>, Failure> {
     core.stuck.check()?;
+    core.numbers.number_names(core, appends).await.map_err(|error| match error {
+        NumberingError::Store(error) => Failure::Failed(error),
+        NumberingError::Database(error) if class_of(&error) == ErrorClass::Unknown => {
+            core.connections.purge();
+            Failure::NotSent(failed(DOING, error))
+        }
+        NumberingError::Database(error) => Failure::answered(error),
+    })?;
     let explicit = core.connections.appends_in_transactions();
     let server = core.connections.begun();
     let session =
@@ -58,7 +67,10 @@ pub(super) async fn call(core: &Arc<PgInner>, appends: &[&Append]) -> Result<Vec
             return Err(Failure::answered(error));
         }
     };
-    let Reply { outcomes, transaction, settled } = reply;
+    let Some(Reply { outcomes, transaction, settled, server: number, seen }) = reply else {
+        session.roll_back().await;
+        return Err(Failure::OtherServer);
+    };
     let (done, cancelled_at_end) = core.watched(core.timed(session.done())).await;
     if explicit {
         // A warning before the commit does not concern the wait of the commit.
@@ -74,6 +86,7 @@ pub(super) async fn call(core: &Arc<PgInner>, appends: &[&Append]) -> Result<Vec
             {
                 core.high_water_mark.advance_locally(server, previous, event);
             }
+            core.numbers.learn(number, seen);
             Ok(outcomes)
         }
         Err(error) if class_of(&error) == ErrorClass::Unknown => {
@@ -88,25 +101,26 @@ pub(super) async fn call(core: &Arc<PgInner>, appends: &[&Append]) -> Result<Vec
     }
 }
 
-async fn execute(core: &PgInner, session: &mut Session, appends: &[&Append]) -> Result<Reply, sqlx::Error> {
+/// Returns nothing if the numbers are those of another server process.
+async fn execute(
+    core: &PgInner,
+    session: &mut Session,
+    appends: &[&Append],
+) -> Result<Option<Reply>, sqlx::Error> {
     // Not in an explicit transaction: its end is looked up by its id, which only `append()`
     // returns.
     if !core.connections.appends_in_transactions()
         && let [append] = appends
         && let [part] = append.streams.as_slice()
-        && let ([event], Some(expected)) = (part.events.as_slice(), exact(part))
-        && let Some(reply) = execute_one(core, session, part, expected, event).await?
+        && let [event] = part.events.as_slice()
+        && let Some(reply) = execute_one(core, session, part, event).await?
     {
-        return Ok(reply);
+        return Ok(Some(reply));
     }
-    let row = execute_many(core, session, appends).await?;
-    Reply::decode(&row, appends)
+    execute_many(core, session, appends).await
 }
 
 /// Returns the version that a part expects, if it is a single one.
-///
-/// It needs no look-up: the previous event either is the last of the stream, or the next version is
-/// taken.
 fn exact(part: &StreamAppend) -> Option<i64> {
     match part.expected {
         ExpectedVersion::Exact(version) => Some(to_sql(version.get())),
@@ -115,20 +129,27 @@ fn exact(part: &StreamAppend) -> Option<i64> {
     }
 }
 
-/// Appends a single event; `None` if it cannot have the version after the expected one.
+/// Appends a single event after one that this process has seen; `None` if it cannot.
 async fn execute_one(
     core: &PgInner,
     session: &mut Session,
     part: &StreamAppend,
-    expected: i64,
     event: &NewEvent,
 ) -> Result<Option<Reply>, sqlx::Error> {
-    let answer: Option<Vec<i64>> = sqlx::query_scalar(core.sql.append_one.clone())
-        .bind(stream_key(&part.stream))
-        .bind(expected)
-        .bind(part.stream.category())
-        .bind(part.stream.id())
-        .bind(event.name.as_str())
+    let numbers = {
+        let mut known = core.numbers.of_server();
+        let last =
+            known.last_event(&part.stream).filter(|last| exact(part) == Some(to_sql(last.version.get())));
+        (known.server, last, known.category(&part.stream), known.name(&event.name))
+    };
+    let (server, Some(last), Some(category), Some(name)) = numbers else { return Ok(None) };
+    let answer: Result<Option<Vec<i64>>, _> = sqlx::query_scalar(core.sql.append_one.clone())
+        .bind(server)
+        .bind(to_sql(last.position.get()))
+        .bind(last.stream)
+        .bind(to_sql(last.version.get()))
+        .bind(category)
+        .bind(name)
         .bind(event.id)
         .bind(event.command_id)
         .bind(&*event.payload)
@@ -136,15 +157,20 @@ async fn execute_one(
         .bind(core.high_water_mark.can_skip_query())
         .persistent(core.connections.persistent())
         .fetch_one(&mut **session)
-        .await?;
+        .await;
+    let answer = match answer {
+        // The version is taken: `append()` finds out by whom.
+        Err(sqlx::Error::Database(error)) if error.is_unique_violation() => return Ok(None),
+        answer => answer?,
+    };
     let Some(&[position, ref rest @ ..]) = answer.as_deref() else { return Ok(None) };
-    let (before, position) = (Version::new(from_sql(expected)), Position::new(from_sql(position)));
+    let (version, position) = (last.version.plus(1), Position::new(from_sql(position)));
     let settled = match *rest {
         [previous, recorded_at] => DateTime::from_timestamp_micros(recorded_at).map(|recorded_at| {
             let event = RecordedEvent {
                 id: event.id,
                 stream: part.stream.clone(),
-                version: before.plus(1),
+                version,
                 position,
                 name: event.name.clone(),
                 codec: core.info.codec,
@@ -157,15 +183,50 @@ async fn execute_one(
         }),
         _ => None,
     };
-    let outcomes = vec![Some(Ok(Appended { versions: vec![before.plus(1)], positions: vec![position] }))];
-    Ok(Some(Reply { outcomes, transaction: None, settled }))
+    let outcomes = vec![Some(Ok(Appended { versions: vec![version], positions: vec![position] }))];
+    let seen = vec![(part.stream.clone(), SeenEvent { stream: last.stream, version, position })];
+    Ok(Some(Reply { outcomes, transaction: None, settled, server, seen }))
+}
+
+/// The arguments of `storied.append()` that depend on what this process has seen.
+struct Numbered {
+    server: i64,
+    /// Highest position of the events that known streams end with.
+    position: Option<i64>,
+    streams: Vec<Option<i64>>,
+    categories: Vec<i32>,
+    names: Vec<i32>,
+    /// All categories and names, each once.
+    used: Vec<i32>,
+}
+
+/// Returns nothing if a name has no number; the numbers were dropped in between.
+fn numbered(core: &PgInner, appends: &[&Append]) -> Option<Numbered> {
+    let mut known = core.numbers.of_server();
+    let parts = || appends.iter().flat_map(|append| &append.streams);
+    let mut position = None;
+    let mut streams = Vec::new();
+    for part in parts() {
+        let last =
+            known.last_event(&part.stream).filter(|last| exact(part) == Some(to_sql(last.version.get())));
+        position = position.max(last.map(|last| to_sql(last.position.get())));
+        streams.push(last.map(|last| last.stream));
+    }
+    let categories = parts().map(|part| known.category(&part.stream)).collect::<Option<Vec<_>>>()?;
+    let events = parts().flat_map(|part| &part.events);
+    let names = events.map(|event| known.name(&event.name)).collect::<Option<Vec<_>>>()?;
+    let mut used: Vec<i32> = categories.iter().chain(&names).copied().collect();
+    used.sort_unstable();
+    used.dedup();
+    Some(Numbered { server: known.server, position, streams, categories, names, used })
 }
 
 async fn execute_many(
     core: &PgInner,
     session: &mut Session,
     appends: &[&Append],
-) -> Result<PgRow, sqlx::Error> {
+) -> Result<Option<Reply>, sqlx::Error> {
+    let Some(numbered) = numbered(core, appends) else { return Ok(None) };
     let parts =
         || appends.iter().enumerate().flat_map(|(unit, it)| it.streams.iter().map(move |part| (unit, part)));
     let events = || parts().flat_map(|(_, part)| part.events.iter());
@@ -173,22 +234,34 @@ async fn execute_many(
     let expected = |part: &StreamAppend| {
         exact(part).unwrap_or(if part.expected == ExpectedVersion::StreamExists { -2 } else { -1 })
     };
-    sqlx::query(core.sql.append.clone())
-        .bind(parts().map(|(_, part)| stream_key(&part.stream)).collect::<Vec<_>>())
-        .bind(parts().map(|(_, part)| part.stream.category()).collect::<Vec<_>>())
-        .bind(parts().map(|(_, part)| part.stream.id()).collect::<Vec<_>>())
+    let ids = parts().zip(&numbered.streams).map(|((_, part), known)| match known {
+        Some(_) => None,
+        None => Some(part.stream.id()),
+    });
+    let row = sqlx::query(core.sql.append.clone())
+        .bind(numbered.server)
+        .bind(numbered.position)
+        .bind(&numbered.streams)
+        .bind(&numbered.categories)
+        .bind(ids.collect::<Vec<_>>())
         .bind(parts().map(|(unit, _)| count(unit)).collect::<Vec<_>>())
         .bind(parts().map(|(_, part)| expected(part)).collect::<Vec<_>>())
         .bind(parts().map(|(_, part)| count(part.events.len())).collect::<Vec<_>>())
         .bind(look_up)
-        .bind(events().map(|event| event.name.as_str()).collect::<Vec<_>>())
+        .bind(&numbered.used)
+        .bind(&numbered.names)
         .bind(events().map(|event| event.id).collect::<Vec<_>>())
         .bind(events().map(|event| event.command_id).collect::<Vec<_>>())
         .bind(events().map(|event| &*event.payload).collect::<Vec<&[u8]>>())
         .bind(events().map(|event| &*event.metadata).collect::<Vec<&[u8]>>())
         .persistent(core.connections.persistent())
         .fetch_one(&mut **session)
-        .await
+        .await?;
+    let reply = Reply::decode(&row, appends, numbered.server)?;
+    if reply.is_none() {
+        core.numbers.forget(numbered.server);
+    }
+    Ok(reply)
 }
 
 fn count(number: usize) -> i32 {
@@ -204,40 +277,56 @@ struct Reply {
     /// The only event and the position before it in the log, if every position up to there is
     /// decided.
     settled: Option<(Position, RecordedEvent)>,
+    /// The server process.
+    server: i64,
+    /// The last events of the streams after the append.
+    seen: Vec<(StreamId, SeenEvent)>,
 }
 
 impl Reply {
     /// Decodes the result of `storied.append()`; the migration describes it.
-    fn decode(row: &PgRow, appends: &[&Append]) -> Result<Self, sqlx::Error> {
-        let found: Vec<i64> = row.try_get(0)?;
-        let lost: Option<Vec<bool>> = row.try_get(1)?;
-        let positions: Option<Vec<i64>> = row.try_get(2)?;
+    fn decode(row: &PgRow, appends: &[&Append], server: i64) -> Result<Option<Self>, sqlx::Error> {
+        let Some(streams) = row.try_get::<Option<Vec<Option<i64>>>, _>(0)? else { return Ok(None) };
+        let found: Vec<i64> = row.try_get(1)?;
+        let lost: Option<Vec<bool>> = row.try_get(2)?;
+        let positions: Option<Vec<i64>> = row.try_get(3)?;
+        let mut streams = streams.into_iter();
         let mut found = found.into_iter().map(|version| Version::new(from_sql(version)));
         let mut lost = lost.unwrap_or_default().into_iter();
         let mut positions =
             positions.unwrap_or_default().into_iter().map(|position| Position::new(from_sql(position)));
         let mut outcomes = Vec::with_capacity(appends.len());
+        let mut seen = Vec::with_capacity(found.len());
         for append in appends {
             let mut appended = Appended { versions: Vec::new(), positions: Vec::new() };
             let mut refused: Option<Outcome> = None;
+            let mut ends = Vec::with_capacity(append.streams.len());
             for part in &append.streams {
-                let version = found.next().unwrap_or(Version::NONE);
+                let before = found.next().unwrap_or(Version::NONE);
                 let lost = lost.next().unwrap_or_default();
                 let conflict = || Conflict {
                     stream: part.stream.clone(),
                     expected: part.expected,
-                    actual: Some(version),
+                    actual: Some(before),
                 };
-                if !part.expected.allows(version) {
+                if !part.expected.allows(before) {
                     refused.get_or_insert_with(|| Some(Err(conflict().into())));
                 } else if lost {
                     refused.get_or_insert(None);
                 }
-                appended.versions.push(version.plus(part.events.len() as u64));
+                let version = before.plus(part.events.len() as u64);
+                appended.versions.push(version);
                 appended.positions.extend(positions.by_ref().take(part.events.len()));
+                if let (Some(stream), Some(&position)) = (streams.next().flatten(), appended.positions.last())
+                {
+                    ends.push((part.stream.clone(), SeenEvent { stream, version, position }));
+                }
+            }
+            if refused.is_none() {
+                seen.append(&mut ends);
             }
             outcomes.push(refused.unwrap_or(Some(Ok(appended))));
         }
-        Ok(Self { outcomes, transaction: row.try_get(3)?, settled: None })
+        Ok(Some(Self { outcomes, transaction: row.try_get(4)?, settled: None, server, seen }))
     }
 }

@@ -16,6 +16,8 @@ pub(super) enum Failure {
     Retry(StoreError),
     /// Nothing was written: the connection broke before the commit.
     NotSent(StoreError),
+    /// Nothing was written: what this process has seen is not proven on this server process.
+    OtherServer,
     /// Nothing was written: another writer was faster.
     VersionRace,
     /// The events may have been written.

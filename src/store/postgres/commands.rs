@@ -11,7 +11,7 @@ use uuid::Uuid;
 
 use super::super::columns::Columns;
 use super::super::{CommandEvents, CommandRecord, StoreError};
-use super::convert::{micros, stream_key};
+use super::convert::micros;
 use super::durability;
 use super::error::failed;
 use super::inner::PgInner;
@@ -32,12 +32,13 @@ pub(super) async fn events(
 ) -> Result<Option<CommandEvents>, StoreError> {
     let store = core.clone();
     let find = move |commands| find(store.clone(), commands);
-    core.commands.events.submit((stream_key(stream), command), size_of::<CommandEvents>(), find).await
+    let size = size_of::<CommandEvents>() + stream.id().len();
+    core.commands.events.submit((stream.clone(), command), size, find).await
 }
 
 async fn find(
     core: Arc<PgInner>,
-    commands: Vec<(Uuid, Uuid)>,
+    commands: Vec<(StreamId, Uuid)>,
 ) -> Vec<Result<Option<CommandEvents>, StoreError>> {
     match core.timed_call(FINDING, find_events(&core, &commands)).await {
         Ok(found) => found.into_iter().map(Ok).collect(),
@@ -48,13 +49,13 @@ async fn find(
 /// Returns one result for each pair of stream and command.
 async fn find_events(
     core: &Arc<PgInner>,
-    commands: &[(Uuid, Uuid)],
+    commands: &[(StreamId, Uuid)],
 ) -> Result<Vec<Option<CommandEvents>>, StoreError> {
-    let (streams, ids): (Vec<_>, Vec<_>) = commands.iter().copied().unzip();
     let mut session = core.connections.get(FINDING).await?;
     let rows = sqlx::query(core.sql.command_events.clone())
-        .bind(streams)
-        .bind(ids)
+        .bind(commands.iter().map(|(stream, _)| stream.category()).collect::<Vec<_>>())
+        .bind(commands.iter().map(|(stream, _)| stream.id()).collect::<Vec<_>>())
+        .bind(commands.iter().map(|(_, id)| *id).collect::<Vec<_>>())
         .persistent(core.connections.persistent())
         .fetch_all(&mut *session)
         .await

@@ -10,7 +10,7 @@ use tokio::time::Instant;
 use super::super::{Append, Appended, ExpectedVersion, StoreError, StreamAppend};
 use super::append_failure::CommitHandle;
 use super::connection::Session;
-use super::convert::{from_sql, stream_key, to_sql};
+use super::convert::{from_sql, to_sql};
 use super::durability;
 use super::error::failed;
 use super::inner::PgInner;
@@ -222,7 +222,8 @@ async fn find_part(
         ExpectedVersion::Any | ExpectedVersion::StreamExists => (Version::NONE, Version::new(u64::MAX)),
     };
     let rows = sqlx::query(core.sql.find.clone())
-        .bind(stream_key(&part.stream))
+        .bind(part.stream.category())
+        .bind(part.stream.id())
         .bind(to_sql(after.get()))
         .bind(to_sql(upto.get()))
         .bind(part.events.iter().map(|event| event.id).collect::<Vec<_>>())

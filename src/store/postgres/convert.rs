@@ -2,20 +2,6 @@
 
 use std::time::Duration;
 
-use sha2::{Digest, Sha256};
-use uuid::Uuid;
-
-use crate::event::StreamId;
-
-/// Computes the key of a stream, like `storied.stream_key()`.
-///
-/// Keys are stored, so the computation never changes.
-pub(super) fn stream_key(stream: &StreamId) -> Uuid {
-    let [key @ .., _, _, _, _, _, _, _, _, _, _, _, _, _, _, _, _]: [u8; 32] =
-        Sha256::digest(stream.to_string()).into();
-    Uuid::from_bytes(key)
-}
-
 /// Converts a number: PostgreSQL has no unsigned ones.
 ///
 /// Stored numbers are far below the signed maximum.

@@ -9,6 +9,7 @@ use super::super::{StoreError, StoreInfo};
 use super::command_batchers::CommandBatchers;
 use super::connection::Connections;
 use super::high_water_mark::HighWaterMark;
+use super::numbers::Numbers;
 use super::statements::{LogSql, Schema};
 use super::stuck::Stuck;
 use super::{notices, progress};
@@ -23,6 +24,7 @@ pub(super) struct PgInner {
     pub(super) controls: Controls,
     pub(super) connections: Arc<Connections>,
     pub(super) high_water_mark: HighWaterMark,
+    pub(super) numbers: Numbers,
     pub(super) page_sizer: PageSizer,
     pub(super) commands: CommandBatchers,
     pub(super) stuck: Stuck,
@@ -44,6 +46,7 @@ impl PgInner {
             controls: Controls::new(|sql| schema.text(sql), connections.persistent()),
             connections,
             high_water_mark: HighWaterMark::new(notifies_others),
+            numbers: Numbers::default(),
             page_sizer: PageSizer::default(),
             commands: CommandBatchers::default(),
             stuck: Stuck::default(),

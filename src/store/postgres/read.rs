@@ -1,6 +1,5 @@
 //! Reading events.
 
-use std::collections::HashSet;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -12,11 +11,12 @@ use uuid::Uuid;
 use super::super::columns::Time;
 use super::super::{Filter, LogPage, ReadLog, StoreError};
 use super::connection::Session;
-use super::convert::{from_sql, stream_key, to_sql};
+use super::convert::{from_sql, to_sql};
 use super::error::failed;
 use super::inner::PgInner;
+use super::numbers::NumberedEvents;
 use crate::codec::Codec;
-use crate::event::{Category, EventName, Position, RecordedEvent, StreamId, Version};
+use crate::event::{Category, EventName, InvalidName, Position, RecordedEvent, StreamId, Version};
 
 const READING_LOG: &str = "reading the log";
 const READING_STREAM: &str = "reading a stream";
@@ -95,28 +95,30 @@ async fn adjacent(core: &Arc<PgInner>, read: &ReadLog, page: &mut LogPage) -> Re
         .await
         .map_err(|error| failed(READING_LOG, error))?;
     session.finish(READING_LOG).await?;
-    let mut decoder = Decoder::new(READING_LOG, core.info.codec);
+    let mut decoder = Decoder::new(READING_LOG, core.info.codec)?;
     let mut budget = core.page_sizer.page(limit);
-    let (mut taken, mut last) = (0, None);
+    let (mut upto, mut last, mut taken) = (page.scanned_to, None, NumberedEvents::default());
     for row in &rows {
-        let there: Option<Uuid> = row.try_get(10).map_err(|error| failed(READING_LOG, error))?;
-        let event = decoder.of_log(row)?;
+        let there: Option<Uuid> = row.try_get(9).map_err(|error| failed(READING_LOG, error))?;
+        let (event, numbers) = decoder.of_log(row)?;
         // Another server that took over may lack the event at the mark.
-        let is_next = event.position.get() == page.scanned_to.get() + 1;
-        if there != Some(known) || !is_next || read.upto.is_some_and(|upto| event.position > upto) {
+        let is_next = event.position.get() == upto.get() + 1;
+        if there != Some(known) || !is_next || read.upto.is_some_and(|end| event.position > end) {
             break;
         }
         budget.take(&event);
-        page.scanned_to = event.position;
-        (taken, last) = (taken + 1, Some(event.id));
-        if read.filter.matches(&event) {
-            page.events.push(event);
-        }
+        (upto, last) = (event.position, Some(event.id));
+        taken.events.push(event);
+        taken.numbers.push(numbers);
     }
+    let count = taken.events.len();
+    let events = core.numbers.resolve(core, READING_LOG, taken).await?;
+    page.events.extend(events.into_iter().filter(|event| read.filter.matches(event)));
+    page.scanned_to = upto;
     let Some(id) = last else { return Ok(false) };
     page.head = page.scanned_to;
     core.high_water_mark.advance(page.head, Some(id));
-    Ok(taken == rows.len() && taken < limit || Some(page.scanned_to) == read.upto)
+    Ok(count == rows.len() && count < limit || Some(page.scanned_to) == read.upto)
 }
 
 /// Returns the id of the event at `position`, also above the high-water mark.
@@ -149,8 +151,7 @@ async fn page(core: &Arc<PgInner>, read: &ReadLog, head: Position) -> Result<Log
     if *filter == Filter::all() || end.get() - read.after.get() <= NARROW && limit as u64 >= NARROW {
         found = query(core, &mut session, read, limit, Wanted::All, end).await?;
         // The end may lie in a hole that is never filled.
-        page.scanned_to = found.events.last().map_or(read.after, |last| last.position);
-        found.events.retain(|event| filter.matches(event));
+        page.scanned_to = found.last.unwrap_or(read.after);
     } else if let Some(names) = looked_up(core, filter) {
         found = query(core, &mut session, read, limit, Wanted::Names(names), end).await?;
         page.scanned_to = match found.end {
@@ -158,7 +159,6 @@ async fn page(core: &Arc<PgInner>, read: &ReadLog, head: Position) -> Result<Log
             None if end == head => head,
             None => last_event(core, &mut session, read.after, end, i64::MAX).await?.unwrap_or(read.after),
         };
-        found.events.retain(|event| filter.matches(event));
     } else {
         let after = to_sql(read.after.get());
         let near = Position::new(from_sql(to_sql(end.get()).min(after.saturating_add(WINDOW))));
@@ -178,17 +178,22 @@ async fn page(core: &Arc<PgInner>, read: &ReadLog, head: Position) -> Result<Log
             },
         };
     }
-    page.events = found.events;
     // If rows are left unread, the connection is closed: reusing it would require receiving them.
-    if !found.cut {
+    if found.cut {
+        drop(session);
+    } else {
         session.finish(READING_LOG).await?;
     }
+    page.events = core.numbers.resolve(core, READING_LOG, found.events).await?;
+    page.events.retain(|event| filter.matches(event));
     Ok(page)
 }
 
 /// The events that a statement found.
 struct Found {
-    events: Vec<RecordedEvent>,
+    events: NumberedEvents,
+    /// Position of the last event.
+    last: Option<Position>,
     /// Position of the last event, if more events may follow it.
     end: Option<Position>,
     /// Whether rows of the statement were left unread.
@@ -259,27 +264,34 @@ async fn query(
                 filter.names().map(|names| names.iter().map(EventName::as_str).collect());
             let categories: Option<Vec<&str>> =
                 filter.categories().map(|categories| categories.iter().map(Category::as_str).collect());
-            let streams: Option<Vec<Uuid>> =
-                filter.streams().map(|streams| streams.iter().map(stream_key).collect());
+            let streams: Option<(Vec<&str>, Vec<&str>)> =
+                filter.streams().map(|streams| streams.iter().map(|it| (it.category(), it.id())).unzip());
             let values = names.as_ref().map_or(0, Vec::len)
                 + categories.as_ref().map_or(0, Vec::len)
-                + streams.as_ref().map_or(0, Vec::len);
-            query.bind(names).bind(categories).bind(streams).persistent(persistent && values <= FEW)
+                + streams.as_ref().map_or(0, |(categories, _)| categories.len());
+            let (of_streams, ids) = streams.unzip();
+            query
+                .bind(names)
+                .bind(categories)
+                .bind(of_streams)
+                .bind(ids)
+                .persistent(persistent && values <= FEW)
         }
     };
-    let mut decoder = Decoder::new(READING_LOG, core.info.codec);
+    let mut decoder = Decoder::new(READING_LOG, core.info.codec)?;
     let mut budget = core.page_sizer.page(limit);
-    let mut events: Vec<RecordedEvent> = Vec::new();
+    let mut events = NumberedEvents::default();
     let mut rows = query.fetch(&mut **session);
     while !budget.is_cut()
         && let Some(row) = rows.try_next().await.map_err(|error| failed(READING_LOG, error))?
     {
-        let event = decoder.of_log(&row)?;
+        let (event, numbers) = decoder.of_log(&row)?;
         budget.take(&event);
-        events.push(event);
+        events.events.push(event);
+        events.numbers.push(numbers);
     }
-    let end = events.last().filter(|_| budget.is_full()).map(|last| last.position);
-    Ok(Found { events, end, cut: budget.is_cut() })
+    let last = events.events.last().map(|last| last.position);
+    Ok(Found { events, last, end: last.filter(|_| budget.is_full()), cut: budget.is_cut() })
 }
 
 /// Reads one page of a stream.
@@ -290,87 +302,63 @@ pub(super) async fn stream(
     limit: usize,
 ) -> Result<Vec<RecordedEvent>, StoreError> {
     let mut session = core.connections.get(READING_STREAM).await?;
-    let mut decoder = Decoder::new(READING_STREAM, core.info.codec);
-    let mut events = Vec::new();
+    let mut decoder = Decoder::new(READING_STREAM, core.info.codec)?;
+    let mut found = NumberedEvents::default();
     {
         let mut rows = sqlx::query(core.sql.stream.clone())
-            .bind(stream_key(stream))
+            .bind(stream.category())
+            .bind(stream.id())
             .bind(to_sql(after.get()))
             .bind(i64::try_from(limit).unwrap_or(i64::MAX))
             .persistent(core.connections.persistent())
             .fetch(&mut *session);
         while let Some(row) = rows.try_next().await.map_err(|error| failed(READING_STREAM, error))? {
-            events.push(decoder.event(&row, stream.clone())?);
+            let (event, name) = decoder.event(&row, stream.clone())?;
+            found.events.push(event);
+            found.numbers.push((name, None));
         }
     }
     session.finish(READING_STREAM).await?;
-    Ok(events)
+    core.numbers.resolve(core, READING_STREAM, found).await
 }
 
-/// Decodes rows into events.
+/// Decodes rows into events, without their names and streams, which the rows have as numbers.
 ///
-/// A page has few names and categories and many events. Each name is allocated and checked once;
-/// most rows have the name of the previous row. Columns are decoded without type checks, because
-/// the statements of this module fix their types.
+/// Columns are decoded without type checks, because the statements of this module fix their types.
 struct Decoder {
     doing: &'static str,
     codec: Codec,
-    name: Option<EventName>,
-    names: HashSet<EventName>,
-    category: Option<Category>,
-    categories: HashSet<Category>,
+    /// Stands for the name and the stream of an event until their numbers are resolved.
+    unresolved: (EventName, StreamId),
 }
 
 impl Decoder {
-    fn new(doing: &'static str, codec: Codec) -> Self {
-        Self { doing, codec, name: None, names: HashSet::new(), category: None, categories: HashSet::new() }
-    }
-
-    fn category(&mut self, text: &str) -> Result<Category, StoreError> {
-        if let Some(category) = self.category.as_ref().filter(|last| last.as_str() == text) {
-            return Ok(category.clone());
-        }
-        let category = match self.categories.get(text) {
-            Some(category) => category.clone(),
-            None => Category::new(text).map_err(|error| self.corrupt(&error.to_string()))?,
-        };
-        self.categories.insert(category.clone());
-        Ok(self.category.insert(category).clone())
-    }
-
-    fn name(&mut self, text: &str) -> Result<EventName, StoreError> {
-        if let Some(name) = self.name.as_ref().filter(|last| last.as_str() == text) {
-            return Ok(name.clone());
-        }
-        let name = match self.names.get(text) {
-            Some(name) => name.clone(),
-            None => EventName::new(text).map_err(|error| self.corrupt(&error.to_string()))?,
-        };
-        self.names.insert(name.clone());
-        Ok(self.name.insert(name).clone())
+    fn new(doing: &'static str, codec: Codec) -> Result<Self, StoreError> {
+        let names = || Ok((EventName::new("unresolved")?, StreamId::new("unresolved", "0")?));
+        let names: Result<_, InvalidName> = names();
+        let corrupt = |error: InvalidName| StoreError::Corrupt { reason: error.to_string() };
+        Ok(Self { doing, codec, unresolved: names.map_err(corrupt)? })
     }
 
     fn corrupt(&self, reason: &str) -> StoreError {
         StoreError::Corrupt { reason: format!("{}: {reason}", self.doing) }
     }
 
-    /// Decodes a row that includes the stream.
-    fn of_log(&mut self, row: &PgRow) -> Result<RecordedEvent, StoreError> {
-        let texts = || -> Result<(&str, &str), sqlx::Error> {
-            Ok((row.try_get_unchecked(8)?, row.try_get_unchecked(9)?))
-        };
-        let (category, id) = texts().map_err(|error| failed(self.doing, error))?;
-        let stream = StreamId::stored(self.category(category)?, Arc::from(id));
-        self.event(row, stream)
+    /// Decodes a row that includes the stream; returns the numbers of the name and of the stream.
+    fn of_log(&mut self, row: &PgRow) -> Result<(RecordedEvent, (i32, Option<i64>)), StoreError> {
+        let stream = row.try_get_unchecked::<i64, _>(8).map_err(|error| failed(self.doing, error))?;
+        let (event, name) = self.event(row, self.unresolved.1.clone())?;
+        Ok((event, (name, Some(stream))))
     }
 
-    fn event(&mut self, row: &PgRow, stream: StreamId) -> Result<RecordedEvent, StoreError> {
+    /// Decodes a row; returns the number of the name.
+    fn event(&mut self, row: &PgRow, stream: StreamId) -> Result<(RecordedEvent, i32), StoreError> {
         let bytes = |column: usize| row.try_get_unchecked::<Vec<u8>, _>(column).map(Bytes::from);
         let columns = || -> Result<_, sqlx::Error> {
             Ok((
                 row.try_get_unchecked::<i64, _>(0)?,
                 row.try_get_unchecked::<i64, _>(1)?,
-                row.try_get_unchecked::<&str, _>(2)?,
+                row.try_get_unchecked::<i32, _>(2)?,
                 row.try_get_unchecked::<Uuid, _>(3)?,
                 row.try_get_unchecked::<Uuid, _>(4)?,
                 bytes(5)?,
@@ -389,17 +377,18 @@ impl Decoder {
             let negative = |_| self.corrupt(&format!("events.{column} is {number}"));
             u64::try_from(number).map_err(negative)
         };
-        Ok(RecordedEvent {
+        let event = RecordedEvent {
             id,
             stream,
             version: Version::new(number("version", version)?),
             position: Position::new(number("position", position)?),
-            name: self.name(name)?,
+            name: self.unresolved.0.clone(),
             codec: self.codec,
             payload,
             command_id,
             metadata,
             recorded_at,
-        })
+        };
+        Ok((event, name))
     }
 }

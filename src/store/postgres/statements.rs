@@ -62,11 +62,24 @@ statements! {
     /// rejects that. A pooler may send reads to a standby, which lacks the newest events and does
     /// not see the locks of the primary (I1).
     LogSql {
-        append: "SELECT versions, lost, positions, transaction_id
-            FROM storied.append($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12)",
-        append_one: "SELECT storied.append_one($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)",
+        append: "SELECT streams, versions, lost, positions, transaction_id
+            FROM storied.append($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15)",
+        append_one: "SELECT storied.append_one($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11)",
+        number_names: "SELECT numbers, server FROM storied.number_names($1)",
+        // Ranges with an order leave PostgreSQL no other plan.
+        names: "SELECT n.number, n.name FROM unnest($1::integer[]) AS wanted (number) CROSS JOIN LATERAL (
+                SELECT number, name FROM storied.names WHERE number >= wanted.number AND number <= wanted.number
+                ORDER BY number LIMIT 1) AS n
+            WHERE (SELECT pg_current_wal_lsn()) IS NOT NULL",
+        streams: "SELECT s.number, c.name, s.stream_id FROM unnest($1::bigint[]) AS wanted (number) CROSS JOIN LATERAL (
+                SELECT number, category, stream_id FROM storied.streams
+                WHERE number >= wanted.number AND number <= wanted.number
+                ORDER BY number LIMIT 1) AS s CROSS JOIN LATERAL (
+                SELECT name FROM storied.names WHERE number >= s.category AND number <= s.category
+                ORDER BY number LIMIT 1) AS c
+            WHERE (SELECT pg_current_wal_lsn()) IS NOT NULL",
         find: "SELECT version, position, id FROM storied.events
-            WHERE stream = $1 AND version > $2 AND version <= $3 AND id = ANY($4)
+            WHERE stream = (SELECT storied.stream_number($1, $2)) AND version > $3 AND version <= $4 AND id = ANY($5)
                 AND (SELECT pg_current_wal_lsn()) IS NOT NULL ORDER BY version",
         // $1 is an event that an earlier query found. This statement sees its row, unless the
         // server lost it.
@@ -77,28 +90,30 @@ statements! {
         event_at: "SELECT id FROM storied.events
             WHERE position >= $1 AND position <= $1 AND (SELECT pg_current_wal_lsn()) IS NOT NULL ORDER BY position LIMIT 1",
         stream: "SELECT position, version, name, id, command_id, payload, metadata, recorded_at
-            FROM storied.events WHERE stream = $1 AND version > $2 AND (SELECT pg_current_wal_lsn()) IS NOT NULL
-            ORDER BY version LIMIT $3",
-        command_events: "SELECT n, first_version, last_version, last_position FROM storied.command_events($1, $2)
+            FROM storied.events WHERE stream = (SELECT storied.stream_number($1, $2)) AND version > $3
+                AND (SELECT pg_current_wal_lsn()) IS NOT NULL
+            ORDER BY version LIMIT $4",
+        command_events: "SELECT n, first_version, last_version, last_position FROM storied.command_events($1, $2, $3)
             WHERE (SELECT pg_current_wal_lsn()) IS NOT NULL",
-        log: "SELECT position, version, name, id, command_id, payload, metadata, recorded_at, category, stream_id
+        log: "SELECT position, version, name, id, command_id, payload, metadata, recorded_at, stream
             FROM storied.events WHERE position > $1 AND position <= $2 AND (SELECT pg_current_wal_lsn()) IS NOT NULL
             ORDER BY position LIMIT $3",
         // As `log`, with the id of the event at $1: NULL on a server without that event.
-        adjacent: "SELECT position, version, name, id, command_id, payload, metadata, recorded_at, category, stream_id,
+        adjacent: "SELECT position, version, name, id, command_id, payload, metadata, recorded_at, stream,
                 (SELECT k.id FROM storied.events AS k WHERE k.position = $1)
             FROM storied.events WHERE position > $1 AND (SELECT pg_current_wal_lsn()) IS NOT NULL
             ORDER BY position LIMIT $2",
         // A null filter passes everything. OFFSET 0: PostgreSQL cannot look streams or names up by
         // other indexes.
-        filtered: "SELECT position, version, name, id, command_id, payload, metadata, recorded_at, category, stream_id
+        filtered: "SELECT position, version, name, id, command_id, payload, metadata, recorded_at, stream
             FROM (
-                SELECT position, version, name, id, command_id, payload, metadata, recorded_at, category, stream_id, stream
+                SELECT position, version, name, id, command_id, payload, metadata, recorded_at, stream, category
                 FROM storied.events WHERE position > $1 AND position <= $2 ORDER BY position OFFSET 0
             ) AS e
-            WHERE ($4::text[] IS NULL OR name = ANY($4))
-                AND ($5::text[] IS NULL OR category = ANY($5))
-                AND ($6::uuid[] IS NULL OR stream = ANY($6))
+            WHERE ($4::text[] IS NULL OR e.name IN (SELECT n.number FROM storied.names AS n WHERE n.name = ANY($4)))
+                AND ($5::text[] IS NULL OR e.category IN (SELECT n.number FROM storied.names AS n WHERE n.name = ANY($5)))
+                AND ($6::text[] IS NULL OR e.stream IN (
+                    SELECT storied.stream_number(w.category, w.stream_id) FROM unnest($6, $7::text[]) AS w (category, stream_id)))
                 AND (SELECT pg_current_wal_lsn()) IS NOT NULL
             ORDER BY position LIMIT $3",
         // First positions, which the index by name covers, then the events one by one. The form
@@ -108,13 +123,14 @@ statements! {
         by_name: "SELECT e.*
             FROM (
                 SELECT i.position
-                FROM unnest($4::text[]) AS wanted (name) CROSS JOIN LATERAL (
+                FROM (SELECT n.number FROM storied.names AS n WHERE n.name = ANY($4::text[]) OFFSET 0) AS wanted
+                CROSS JOIN LATERAL (
                     SELECT position FROM storied.events
-                    WHERE (name, position) > (wanted.name, $1) AND (name, position) <= (wanted.name, $2)
+                    WHERE (name, position) > (wanted.number, $1) AND (name, position) <= (wanted.number, $2)
                     ORDER BY name, position LIMIT $3) AS i
                 ORDER BY i.position LIMIT $3
             ) AS found CROSS JOIN LATERAL (
-                SELECT position, version, name, id, command_id, payload, metadata, recorded_at, category, stream_id
+                SELECT position, version, name, id, command_id, payload, metadata, recorded_at, stream
                 FROM storied.events WHERE position >= found.position AND position <= found.position
                 ORDER BY position LIMIT 1
             ) AS e

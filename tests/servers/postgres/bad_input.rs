@@ -113,12 +113,14 @@ async fn other_schema_versions() {
         incompatible(&error);
         says(&error, &["version 999", "newer program"]);
     }
-    run(
-        &url,
-        "DELETE FROM storied.migrations WHERE version = 999; UPDATE storied.migrations SET checksum = 'x'",
-    )
-    .await;
-    incompatible(&refused(PostgresOptions::new().url(&url)).await);
+    // A layout before the first release, which had more files.
+    run(&url, "UPDATE storied.migrations SET checksum = 'x'").await;
+    for more in ["SELECT 1", "DELETE FROM storied.migrations WHERE version = 999"] {
+        run(&url, more).await;
+        let error = refused(PostgresOptions::new().url(&url)).await;
+        incompatible(&error);
+        says(&error, &["not created by a released version", "use another schema or database"]);
+    }
 }
 
 /// All settings that the order and durability of the log depend on.
@@ -326,10 +328,12 @@ async fn the_log_is_guarded() {
     let mut connection = connect(&url).await;
     for (sql, expected) in [
         (
-            "INSERT INTO storied.events SELECT 99, 3, now(), stream, id, id, category, stream_id, name, payload, metadata FROM storied.events LIMIT 1",
+            "INSERT INTO storied.events SELECT 99, stream, 3, now(), name, category, id, id, payload, metadata FROM storied.events LIMIT 1",
             "would be missed",
         ),
-        ("UPDATE storied.events SET name = 'x'", "append-only"),
+        ("UPDATE storied.events SET name = 1", "append-only"),
+        ("UPDATE storied.streams SET stream_id = 'x'", "append-only"),
+        ("DELETE FROM storied.names", "append-only"),
         ("DELETE FROM storied.events", "append-only"),
         ("TRUNCATE storied.events", "append-only"),
         ("BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT storied.high_water_mark()", "read committed"),
@@ -407,11 +411,13 @@ async fn huge_and_poisoned_events() {
     // has it fails alone.
     run(
         &url,
-        "ALTER TABLE storied.events ADD CHECK (name <> 'order.poison');
+        "CREATE FUNCTION public.name_of(number integer) RETURNS text LANGUAGE sql IMMUTABLE
+             RETURN (SELECT n.name FROM storied.names AS n WHERE n.number = name_of.number);
+         ALTER TABLE storied.events ADD CHECK (public.name_of(name) <> 'order.poison');
          CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN 
-            IF new.name = 'order.curse' THEN RAISE EXCEPTION 'no curse' USING ERRCODE = 'SHOP1'; END IF;
+            IF public.name_of(new.name) = 'order.curse' THEN RAISE EXCEPTION 'no curse' USING ERRCODE = 'SHOP1'; END IF;
             RAISE EXCEPTION 'no bane'; END $$;
-         CREATE TRIGGER bane BEFORE INSERT ON storied.events FOR EACH ROW WHEN (new.name IN ('order.bane', 'order.curse'))
+         CREATE TRIGGER bane BEFORE INSERT ON storied.events FOR EACH ROW WHEN (public.name_of(new.name) IN ('order.bane', 'order.curse'))
          EXECUTE FUNCTION refuse()",
     )
     .await;

@@ -31,8 +31,7 @@ async fn an_id_that_many_events_have_is_looked_up_as_quickly() {
     let mut transaction = connection.begin().await.unwrap();
     let found = sqlx::query(
         "SELECT first_version, last_version FROM storied.command_events(
-             ARRAY[storied.stream_key('order', 'many'), storied.stream_key('order', 'few'),
-                   storied.stream_key('order', 'few')], ARRAY[$1, $1, gen_random_uuid()]) ORDER BY n",
+             ARRAY['order', 'order', 'order'], ARRAY['many', 'few', 'few'], ARRAY[$1, $1, gen_random_uuid()]) ORDER BY n",
     )
     .bind(id)
     .fetch_all(&mut *transaction)
@@ -105,11 +104,11 @@ async fn a_repeated_command_is_answered_at_once() {
         &format!(
             "BEGIN; SET LOCAL storied_log.appending = 'on'; SET LOCAL synchronous_commit = off;
              INSERT INTO storied.events
-                 (position, version, stream, id, command_id, category, stream_id, name, payload, metadata)
+                 (position, version, stream, id, command_id, category, name, payload, metadata)
              SELECT nextval('storied.positions'), 4 + n, stream, gen_random_uuid(),
                  (lpad(to_hex((extract(epoch FROM clock_timestamp()) * 1000)::bigint), 12, '0') || '7'
                      || substr(md5(n::text), 1, 3) || '8' || substr(md5(n::text), 4, 15))::uuid,
-                 category, stream_id, name, payload, '\\xa0'
+                 category, name, payload, '\\xa0'
              FROM storied.events, generate_series(1, {others}) AS n
              WHERE version = 1 ORDER BY n; COMMIT"
         ),

@@ -348,9 +348,10 @@ async fn the_cause_of_a_stall_is_reported() {
     let mut transaction = culprit.begin().await.unwrap();
     transaction
         .execute(
-            "SELECT storied.append(array[storied.stream_key('order', 'x')], array['order'], array['x'], array[0],
-                 array[0], array[1], false, array['order.placed'], array[gen_random_uuid()],
-                 array[gen_random_uuid()], array[''::bytea], array[''::bytea])",
+            "SELECT storied.append(storied.server(), null, array[null::bigint], n.numbers[1:1], array['x'], array[0],
+                 array[0], array[1], false, n.numbers, n.numbers[2:2], array[gen_random_uuid()],
+                 array[gen_random_uuid()], array[''::bytea], array[''::bytea])
+             FROM storied.number_names(array['order', 'order.placed']) AS n",
         )
         .await
         .unwrap();
@@ -386,9 +387,10 @@ async fn writers_do_not_wait_for_each_other() {
     let begun = async |id: &str, expected: i64| {
         let mut connection = connect(&url).await;
         connection.execute("BEGIN").await.unwrap();
-        let append = "SELECT positions FROM storied.append(array[storied.stream_key('order', $1)], array['order'],
-                 array[$1], array[0], array[$2], array[1], true, array['order.placed'], array[gen_random_uuid()],
-                 array[gen_random_uuid()], array[''::bytea], array[''::bytea])";
+        let append = "SELECT a.positions FROM storied.number_names(array['order', 'order.placed']) AS n,
+                 storied.append(storied.server(), null, array[null::bigint], n.numbers[1:1],
+                 array[$1], array[0], array[$2], array[1], true, n.numbers, n.numbers[2:2], array[gen_random_uuid()],
+                 array[gen_random_uuid()], array[''::bytea], array[''::bytea]) AS a";
         let append = sqlx::query_scalar(append).bind(id).bind(expected);
         let drawn: Option<Vec<i64>> = append.fetch_one(&mut connection).await.unwrap();
         (connection, drawn.is_some())

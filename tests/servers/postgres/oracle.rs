@@ -19,7 +19,6 @@ use crate::postgres::tools::{Dice, append, assert_sound, connect, events, exact,
 use crate::support::PostgresServer;
 
 const MIGRATION: &str = include_str!("../../../migrations/postgres/0001_events.sql");
-const APPEND_ONE: &str = include_str!("../../../migrations/postgres/0003_append_one.sql");
 
 const STREAMS: u64 = 40;
 
@@ -166,6 +165,7 @@ impl Shared {
 }
 
 async fn oracle(url: &str, scene: Scene) -> Findings {
+    run(url, "SELECT storied.number_names(ARRAY['order', 'order.placed'])").await;
     let shared = Arc::new(Shared {
         url: url.to_owned(),
         until: Instant::now() + scene.time,
@@ -205,7 +205,7 @@ async fn oracle(url: &str, scene: Scene) -> Findings {
     shared.written.store(true, Ordering::SeqCst);
 
     let log: Vec<(i64, Uuid, String, i64)> =
-        sqlx::query_as("SELECT position, id, stream_id, version FROM storied.events ORDER BY position")
+        sqlx::query_as("SELECT position, id, stream_id, version FROM storied.log ORDER BY position")
             .fetch_all(&mut connect(url).await)
             .await
             .unwrap();
@@ -327,26 +327,39 @@ pub async fn append_one(
     stream: &StreamId,
     event: &NewEvent,
 ) -> sqlx::Result<Vec<Uuid>> {
-    let last: i64 = sqlx::query_scalar(
-        "SELECT coalesce(max(version), 0) FROM storied.events WHERE stream = storied.stream_key($1, $2)",
+    let (version, position, number): (i64, i64, Option<i64>) = sqlx::query_as(
+        "SELECT coalesce(max(version), 0), coalesce(max(position), 0), storied.stream_number($1, $2)
+         FROM storied.events WHERE stream = storied.stream_number($1, $2)",
     )
     .bind(stream.category())
     .bind(stream.id())
     .fetch_one(&mut *connection)
     .await?;
+    if version == 0 {
+        let new = [(1, 1, stream, event.clone())];
+        return append_many(connection, std::slice::from_ref(stream), &new).await;
+    }
     let position: Option<Vec<i64>> = sqlx::query_scalar(
-        "SELECT storied.append_one(storied.stream_key($2, $3), $1, $2, $3, $4, $5, $6, $7, $8, true)",
+        "SELECT storied.append_one(storied.server(), $1, $2, $3,
+             (SELECT number FROM storied.names WHERE name = $4), (SELECT number FROM storied.names WHERE name = $5),
+             $6, $7, $8, $9, true)",
     )
-    .bind(last)
+    .bind(position)
+    .bind(number)
+    .bind(version)
     .bind(stream.category())
-    .bind(stream.id())
     .bind(event.name.as_str())
     .bind(event.id)
     .bind(event.command_id)
     .bind(event.payload.to_vec())
     .bind(event.metadata.to_vec())
     .fetch_one(connection)
-    .await?;
+    .await
+    .or_else(|error| match error {
+        // Another transaction came first.
+        sqlx::Error::Database(error) if error.is_unique_violation() => Ok(None),
+        error => Err(error),
+    })?;
     Ok(position.map(|_| event.id).into_iter().collect())
 }
 
@@ -359,9 +372,14 @@ async fn append_many(
 ) -> sqlx::Result<Vec<Uuid>> {
     let events_of = |stream| new.iter().filter(|(_, _, of, _)| *of == stream).count() as i32;
     let row = sqlx::query(
-        "SELECT lost FROM storied.append(ARRAY(SELECT storied.stream_key(p.category, p.id)
-             FROM unnest($1::text[], $2::text[]) WITH ORDINALITY AS p (category, id, n) ORDER BY p.n),
-             $1, $2, $3, $4, $5, true, $6, $7, $8, $9, $10)",
+        "SELECT lost FROM storied.append(storied.server(), NULL, array_fill(NULL::bigint, ARRAY[cardinality($1)]),
+             ARRAY(SELECT n.number FROM unnest($1::text[]) WITH ORDINALITY AS p (name, i)
+                 JOIN storied.names AS n ON n.name = p.name ORDER BY p.i),
+             $2, $3, $4, $5, true,
+             ARRAY(SELECT number FROM storied.names WHERE name = ANY ($1) OR name = ANY ($6)),
+             ARRAY(SELECT n.number FROM unnest($6::text[]) WITH ORDINALITY AS e (name, i)
+                 JOIN storied.names AS n ON n.name = e.name ORDER BY e.i),
+             $7, $8, $9, $10)",
     )
     .bind(streams.iter().map(StreamId::category).collect::<Vec<_>>())
     .bind(streams.iter().map(StreamId::id).collect::<Vec<_>>())
@@ -530,12 +548,10 @@ async fn read_by_hand(
 async fn database(server: &PostgresServer, mutate: &[(&str, &str)]) -> String {
     let url = server.create_database().await;
     PostgresStore::connect(&url).await.unwrap();
-    for (name, migration) in
-        [("append", MIGRATION), ("high_water_mark", MIGRATION), ("append_one", APPEND_ONE)]
-    {
-        let start = migration.find(&format!("CREATE FUNCTION storied.{name}(")).unwrap();
-        let end = start + migration[start..].find("END $$;").unwrap() + "END $$;".len();
-        let mut function = migration[start..end].replacen("CREATE", "CREATE OR REPLACE", 1);
+    for name in ["append", "high_water_mark", "append_one"] {
+        let start = MIGRATION.find(&format!("CREATE FUNCTION storied.{name}(")).unwrap();
+        let end = start + MIGRATION[start..].find("END $$;").unwrap() + "END $$;".len();
+        let mut function = MIGRATION[start..end].replacen("CREATE", "CREATE OR REPLACE", 1);
         for (from, to) in mutate {
             function = function.replace(from, to);
         }
@@ -647,7 +663,7 @@ async fn the_oracle_notices_mutations() {
     .await;
     must_fail(server, "lock after nextval", Reader::ByHand, &[(lock, ""), (draw, &drawn_first)], "").await;
     let one = format!("{lock}\n\n    {DRAW_ONE}");
-    assert!(APPEND_ONE.contains(&one));
+    assert!(MIGRATION.contains(&one));
     let drawn_first = format!("{DRAW_ONE}\n{moment}\n{lock}");
     // Among many writers an older lock covers the pause.
     let few = Scene { writers: 3, ..Scene::quiet(Reader::ByHand) };
@@ -670,9 +686,9 @@ async fn the_oracle_notices_mutations() {
     must_fail(server, "the key is the last own position", few, &own_last, "").await;
     // Followers are notified by appends that wrongly consider themselves alone.
     let alone = {
-        let start = APPEND_ONE.find("    alone := tell AND").unwrap();
-        let end = start + APPEND_ONE[start..].find(";").unwrap() + 1;
-        &APPEND_ONE[start..end]
+        let start = MIGRATION.find("    alone := tell AND").unwrap();
+        let end = start + MIGRATION[start..].find(";").unwrap() + 1;
+        &MIGRATION[start..end]
     };
     let always = [(alone, "    alone := tell;")];
     must_fail(server, "no check for other appends", Reader::Told, &always, "").await;
@@ -681,9 +697,9 @@ async fn the_oracle_notices_mutations() {
     let too_early = [(alone, ""), (one.as_str(), looked_first.as_str())];
     must_fail(server, "check before the draw", Reader::Told, &too_early, "").await;
     let previous = {
-        let start = APPEND_ONE.find("        coalesce((\n            SELECT e.position").unwrap();
-        let end = start + APPEND_ONE[start..].find("LIMIT 1), 0),").unwrap() + "LIMIT 1), 0)".len();
-        &APPEND_ONE[start..end]
+        let start = MIGRATION.find("        coalesce((\n            SELECT e.position").unwrap();
+        let end = start + MIGRATION[start..].find("LIMIT 1), 0),").unwrap() + "LIMIT 1), 0)".len();
+        &MIGRATION[start..end]
     };
     // The pause ends when an append commits that was in flight: that is the event to miss.
     let pause = format!(
@@ -744,16 +760,26 @@ async fn positions_grow_along_a_stream() {
     append(&store, &stream(1), ExpectedVersion::NoStream, events(50)).await.unwrap();
     run(&url, "SELECT setval('storied.positions', 10)").await;
     let mut connection = connect(&url).await;
-    let row = sqlx::query(
-        "SELECT versions, lost FROM storied.append(ARRAY[storied.stream_key('order', '1')], ARRAY['order'], ARRAY['1'],
-             ARRAY[0], ARRAY[50::bigint], ARRAY[1], false,
-             ARRAY['order.placed'], ARRAY[$1], ARRAY[$1], ARRAY[''::bytea], ARRAY[''::bytea])",
-    )
-    .bind(Uuid::now_v7())
-    .fetch_one(&mut connection)
-    .await
-    .unwrap();
-    assert_eq!((row.get::<Vec<i64>, _>(0), row.get::<Vec<bool>, _>(1)), (vec![50], vec![true]));
+    // Whether or not the caller has seen the previous event.
+    let number = "storied.stream_number('order', '1')";
+    for (position, number, id) in [("NULL", "NULL", "'1'"), ("1050", number, "NULL")] {
+        let row = sqlx::query(AssertSqlSafe(format!(
+            "SELECT a.versions, a.lost FROM storied.number_names(ARRAY['order', 'order.placed']) AS n,
+                 storied.append(storied.server(), {position}, ARRAY[{number}::bigint], n.numbers[1:1], ARRAY[{id}],
+                 ARRAY[0], ARRAY[50::bigint], ARRAY[1], false, n.numbers, n.numbers[2:2],
+                 ARRAY[$1], ARRAY[$1], ARRAY[''::bytea], ARRAY[''::bytea]) AS a"
+        )))
+        .bind(Uuid::now_v7())
+        .fetch_one(&mut connection)
+        .await
+        .unwrap();
+        assert_eq!((row.get::<Vec<i64>, _>(0), row.get::<Vec<bool>, _>(1)), (vec![50], vec![true]));
+    }
+    let one = "SELECT storied.append_one(storied.server(), 1050, storied.stream_number('order', '1'), 50, n.numbers[1],
+                   n.numbers[2], gen_random_uuid(), gen_random_uuid(), '', '', false)
+               FROM storied.number_names(ARRAY['order', 'order.placed']) AS n";
+    let one: Option<Vec<i64>> = sqlx::query_scalar(one).fetch_one(&mut connection).await.unwrap();
+    assert_eq!(one, None);
 }
 
 /// The key of the lock is not `SELECT last_value`. That value is read without the lock of the

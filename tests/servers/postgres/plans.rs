@@ -29,11 +29,11 @@ const STATEMENTS: [&str; 3] = [
 ];
 
 /// Tables that grow with the log. The others have a row for each projection or lease.
-const LARGE: [&str; 4] = ["events", "commands", "snapshots", "parked"];
+const LARGE: [&str; 5] = ["events", "streams", "commands", "snapshots", "parked"];
 
 /// The worst possible statistics.
 const LIES: [(&str, &str); 7] = [
-    ("the tables are empty", "VACUUM (ANALYZE) storied.events, storied.commands, storied.snapshots, storied.parked"),
+    ("the tables are empty", "VACUUM (ANALYZE) storied.events, storied.streams, storied.commands, storied.snapshots, storied.parked"),
     ("nothing is known", "SELECT 1"),
     (
         "no rows on many pages",
@@ -54,7 +54,7 @@ const LIES: [(&str, &str); 7] = [
     ),
     (
         "every value is the same",
-        "ANALYZE storied.events, storied.commands, storied.snapshots, storied.parked;
+        "ANALYZE storied.events, storied.streams, storied.commands, storied.snapshots, storied.parked;
          UPDATE pg_statistic SET stadistinct = 1, stakind1 = 0, stakind2 = 0, stakind3 = 0, stakind4 = 0, stakind5 = 0
          WHERE starelid IN (SELECT oid FROM pg_class WHERE relnamespace = 'storied'::regnamespace)",
     ),
@@ -224,6 +224,8 @@ fn wrong(scan: &str) -> Option<&'static str> {
         "events_stream_version_key" => "stream",
         "events_by_name" => "name",
         "events_by_command_id" => "command_id",
+        "streams_pkey" => "number",
+        "streams_stream_id_category_key" => "stream_id",
         "commands_pkey" => "id",
         "commands_by_age" => "recorded_at",
         "snapshots_pkey" => "category",
@@ -235,7 +237,7 @@ fn wrong(scan: &str) -> Option<&'static str> {
 
 /// Whether a statement of this kind uses the intended index of the log.
 fn meant(query: &str, scan: &str) -> bool {
-    let by_name = query.contains("wanted (name)");
+    let by_name = query.contains("wanted.number, $1");
     if !scan.contains(" on events") {
         return true;
     }
@@ -244,13 +246,13 @@ fn meant(query: &str, scan: &str) -> bool {
         return index("events_by_name");
     }
     // By the text of the statement, not by the choice of the planner.
-    if ["part_stream[", "event_stream ", "i.stream ", "$1 "]
+    if ["streams[", "p.stream ", "i.stream ", "(SELECT"]
         .iter()
         .any(|key| query.contains(&format!("stream = {key}")))
     {
         return index("events_stream_version_key");
     }
-    if query.contains("unnest(command_streams, command_ids)") {
+    if query.contains("unnest(command_categories, command_stream_ids, command_ids)") {
         return index("events_by_command_id");
     }
     index("events_pkey")

@@ -84,13 +84,13 @@ impl Set {
             .and_then(|rows| rows.iter().map(|row| Ok((row.try_get(0)?, row.try_get(1)?))).collect())
             .map_err(checking)?;
         let ours = self.migrator.iter().map(|migration| migration.version).max().unwrap_or(0);
-        if let Some(newer) = applied.keys().filter(|version| !self.migrator.version_exists(**version)).max() {
-            return Err(self.refused(schema, MigrateError::VersionMissing(*newer)));
-        }
         for migration in self.migrator.iter() {
             if applied.get(&migration.version).is_some_and(|sum| **sum != *migration.checksum) {
                 return Err(self.refused(schema, MigrateError::VersionMismatch(migration.version)));
             }
+        }
+        if let Some(newer) = applied.keys().filter(|version| !self.migrator.version_exists(**version)).max() {
+            return Err(self.refused(schema, MigrateError::VersionMissing(*newer)));
         }
         Ok(applied.contains_key(&ours))
     }
