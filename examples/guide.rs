@@ -23,8 +23,8 @@ use storied::command::{CommandBus, NatsCommandOptions};
 use storied::projection::{ApplyError, InMemoryIndex, Projection, ProjectionState};
 use storied::runtime::Builder;
 use storied::{
-    Aggregate, Context, Decided, Decision, EncodeError, Event, ExecuteError, Filter, NatsOptions,
-    PostgresReadModel, PostgresStore, PublisherState, RecordedEvent, Runtime, SqliteReadModel, SqliteStore,
+    Aggregate, Context, Decided, Decision, Event, ExecuteError, Filter, NatsOptions, PostgresReadModel,
+    PostgresStore, PublisherState, RecordedEvent, Runtime, SqliteReadModel, SqliteStore,
 };
 use uuid::Uuid;
 
@@ -132,8 +132,8 @@ impl Projection for Sales {
         "sales"
     }
 
-    fn filter(&self) -> Result<Filter, EncodeError> {
-        Filter::variants::<ShowEvent>(&["sold"])
+    fn filter(&self) -> Filter {
+        Filter::variants::<ShowEvent>(["sold"])
     }
 
     async fn apply(&mut self, event: &RecordedEvent, tx: &mut SqliteConnection) -> Result<(), ApplyError> {
@@ -162,7 +162,7 @@ pub async fn projections(directory: &Path) -> Result<(), Failure> {
         .execute(&read)
         .await?;
 
-    let announced = Filter::variants::<ShowEvent>(&["announced"])?;
+    let announced = Filter::variants::<ShowEvent>(["announced"]);
     let titles = InMemoryIndex::new("titles", announced, |titles: &mut Vec<String>, event| {
         if let ShowEvent::Announced { title, .. } = event.decode()? {
             titles.push(title);
@@ -209,8 +209,8 @@ impl Projection for SharedSales {
         "sales"
     }
 
-    fn filter(&self) -> Result<Filter, EncodeError> {
-        Filter::variants::<ShowEvent>(&["sold"])
+    fn filter(&self) -> Filter {
+        Filter::variants::<ShowEvent>(["sold"])
     }
 
     async fn apply(&mut self, event: &RecordedEvent, tx: &mut PgConnection) -> Result<(), ApplyError> {

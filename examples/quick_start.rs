@@ -7,7 +7,7 @@ use std::io::{Write, stdout};
 use serde::{Deserialize, Serialize};
 use sqlx::{SqliteConnection, SqlitePool};
 use storied::projection::{ApplyError, Projection, SqliteReadModel};
-use storied::{Aggregate, Context, Decided, EncodeError, Event, Filter, RecordedEvent, Runtime, SqliteStore};
+use storied::{Aggregate, Context, Decided, Event, Filter, RecordedEvent, Runtime, SqliteStore};
 
 #[derive(Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -31,7 +31,7 @@ struct Revenue;                                            // a read model in SQ
 impl Projection for Revenue {
     type Transaction = SqliteConnection;
     fn name(&self) -> &str { "revenue" }
-    fn filter(&self) -> Result<Filter, EncodeError> { Filter::of::<OrderEvent>() }
+    fn filter(&self) -> Filter { Filter::of::<OrderEvent>() }
     async fn apply(&mut self, event: &RecordedEvent, tx: &mut SqliteConnection) -> Result<(), ApplyError> {
         let OrderEvent::Placed { pence } = event.decode()?;
         sqlx::query("INSERT INTO revenue VALUES (?)").bind(pence).execute(tx).await?;

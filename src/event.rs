@@ -29,6 +29,7 @@ mod name;
 mod position;
 mod recorded;
 mod serialized;
+mod set;
 mod stream;
 mod types;
 
@@ -41,6 +42,7 @@ pub(crate) use self::name::check as check_name;
 pub use self::name::{Category, EventName, InvalidName};
 pub use self::position::{Position, Version};
 pub use self::recorded::{NewEvent, RecordedEvent};
+pub use self::set::{AnyEvent, EventDecoder, EventSet};
 pub use self::stream::StreamId;
 pub(crate) use self::types::EventTypes;
 use crate::codec::Upcasters;

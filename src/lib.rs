@@ -100,8 +100,8 @@ pub use self::bus::{NatsBus, NatsOptions};
 pub use self::codec::{Codec, Upcasters};
 pub use self::command::{Command, CommandBus, Handler};
 pub use self::event::{
-    DecodeError, EncodeError, Event, EventName, Metadata, NewEvent, Position, RecordedEvent, StreamId,
-    Version,
+    AnyEvent, DecodeError, EncodeError, Event, EventDecoder, EventName, EventSet, Metadata, NewEvent,
+    Position, RecordedEvent, StreamId, Version,
 };
 pub use self::feed::{FeedOptions, FeedStatus};
 pub use self::future::BoxFuture;

@@ -75,7 +75,7 @@ pub(crate) use self::start_position::record_start;
 pub(crate) use self::state_claim::{SharedState, StateClaim};
 pub use self::status::{PartitionStatus, ProjectionState, ProjectionStatus, RebuildStatus};
 pub(crate) use self::worker::NodeServices;
-use crate::event::{EncodeError, Position, RecordedEvent};
+use crate::event::{Position, RecordedEvent};
 use crate::outage;
 use crate::partition::Partition;
 pub use crate::store::Request;
@@ -115,11 +115,9 @@ pub trait Projection: Send + 'static {
     /// the checkpoint: reset or rebuild a projection that needs earlier ones.
     ///
     /// Usual values are `Filter::of::<OrderEvent>()` and
-    /// `Filter::variants::<OrderEvent>(&["placed"])`.
-    ///
-    /// # Errors
-    /// If a filter names unknown events. The runtime then does not start.
-    fn filter(&self) -> Result<Filter, EncodeError>;
+    /// `Filter::variants::<OrderEvent>(["placed"])`. If the filter is [invalid](Filter::check), the
+    /// runtime does not start.
+    fn filter(&self) -> Filter;
 
     /// Applies one event.
     ///

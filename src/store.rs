@@ -54,7 +54,7 @@ pub use self::command_record::CommandRecord;
 pub use self::control::{ControlChange, ProjectionControl, PublisherCheckpoint};
 pub use self::error::StoreError;
 pub use self::event_store::{EventStore, IntoEventStore};
-pub use self::filter::Filter;
+pub use self::filter::{Filter, FilterError};
 pub use self::group_commit::WriterStatus;
 pub(crate) use self::group_commit::{AppendResult, GroupCommitter, PendingAppend, SpeculationChain};
 pub use self::high_water_stall::HighWaterStall;

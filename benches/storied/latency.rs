@@ -6,7 +6,7 @@ use futures_util::StreamExt;
 use storied::bus::Received;
 use storied::projection::{ApplyError, InMemory, Projection};
 use storied::store::{Append, ExpectedVersion};
-use storied::{EncodeError, Filter, Metadata, NewEvent, RecordedEvent, StreamId, Version};
+use storied::{Filter, Metadata, NewEvent, RecordedEvent, StreamId, Version};
 use tokio::sync::mpsc;
 use tokio::time::{Interval, MissedTickBehavior, interval};
 use uuid::Uuid;
@@ -135,7 +135,7 @@ impl Projection for Seen {
         "seen"
     }
 
-    fn filter(&self) -> Result<Filter, EncodeError> {
+    fn filter(&self) -> Filter {
         Filter::of::<AccountEvent>()
     }
 

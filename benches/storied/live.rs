@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use sqlx::{PgConnection, PgPool};
 use storied::projection::{ApplyError, FollowMode, PostgresReadModel, Projection};
-use storied::{EncodeError, Filter, ProjectionOptions, PublisherState, RecordedEvent, Runtime};
+use storied::{Filter, ProjectionOptions, PublisherState, RecordedEvent, Runtime};
 use tokio::sync::mpsc;
 use uuid::Uuid;
 
@@ -129,7 +129,7 @@ impl Projection for Seen {
         "seen"
     }
 
-    fn filter(&self) -> Result<Filter, EncodeError> {
+    fn filter(&self) -> Filter {
         Filter::of::<AccountEvent>()
     }
 

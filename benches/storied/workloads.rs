@@ -2,7 +2,7 @@ use std::time::{Duration, Instant};
 
 use storied::projection::{ApplyError, InMemory, Projection};
 use storied::store::{Append, ExpectedVersion};
-use storied::{EncodeError, Filter, Metadata, NewEvent, Position, ReadLog, RecordedEvent, StreamId, Version};
+use storied::{Filter, Metadata, NewEvent, Position, ReadLog, RecordedEvent, StreamId, Version};
 
 use crate::args::{Plan, StoreKind};
 use crate::domain::{Account, AccountCommand, AccountEvent, text};
@@ -101,7 +101,7 @@ impl Projection for Bytes {
         "bytes"
     }
 
-    fn filter(&self) -> Result<Filter, EncodeError> {
+    fn filter(&self) -> Filter {
         Filter::of::<AccountEvent>()
     }
 

@@ -72,8 +72,6 @@ enum Failure {
     #[error(transparent)]
     Shutdown(#[from] storied::runtime::ShutdownError),
     #[error(transparent)]
-    Filter(#[from] storied::EncodeError),
-    #[error(transparent)]
     Event(#[from] storied::DecodeError),
     #[error("node {name}: {reason}")]
     Node { name: String, reason: String },

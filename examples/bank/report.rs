@@ -61,7 +61,7 @@ impl Report {
         let mut steps: HashMap<Uuid, Steps> = HashMap::new();
         let mut after = Position::START;
         loop {
-            let read = ReadLog::after(after).filter(Filter::of::<AccountEvent>()?);
+            let read = ReadLog::after(after).filter(Filter::of::<AccountEvent>());
             let page = store.read_log(read).await?;
             for event in &page.events {
                 let account = event.stream.id();

@@ -98,8 +98,6 @@ enum Failure {
     #[error(transparent)]
     Start(#[from] storied::runtime::StartError),
     #[error(transparent)]
-    Filter(#[from] storied::EncodeError),
-    #[error(transparent)]
     NoProjection(#[from] storied::runtime::UnknownProjection),
     #[error("the read model {0} is paused; resume it with `storied projection resume {0}`")]
     Paused(&'static str),

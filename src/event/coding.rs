@@ -6,6 +6,7 @@ use super::Event;
 use super::error::{DecodeError, EncodeError};
 use super::metadata::Metadata;
 use super::recorded::{NewEvent, RecordedEvent};
+use super::set::{EventDecoder, EventSet};
 use super::types::EventTypes;
 use crate::codec::Codec;
 
@@ -27,20 +28,18 @@ impl NewEvent {
 }
 
 impl RecordedEvent {
-    /// Decodes the event as `E`, after upcasting.
+    /// Decodes the event as an event type or a set of event types, after upcasting.
     ///
     /// # Errors
-    /// If the event is of another category, `E` has no such name, or the bytes do not decode. The
-    /// error names stream, version and event.
-    pub fn decode<E: Event>(&self) -> Result<E, DecodeError> {
-        EventTypes::of::<E>()
-            .map_err(|error| DecodeError::payload(self, error.to_string()))
-            .and_then(|types| types.decode(self))
+    /// If the event is of another category, its type has no such name, or the bytes do not decode.
+    /// The error names stream, version and event.
+    pub fn decode<S: EventSet>(&self) -> Result<S, DecodeError> {
+        EventDecoder::of_set().decode(self)
     }
 
     /// Decodes the event as `E`, or returns `None` if it belongs to another category.
     ///
-    /// For projections over several aggregates.
+    /// For readers of several aggregates, see also [`EventSet`](super::EventSet).
     ///
     /// # Errors
     /// As [`decode`](Self::decode), except for the category.

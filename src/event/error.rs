@@ -7,7 +7,7 @@ use super::stream::StreamId;
 use crate::codec::SerializeError;
 
 /// A value that cannot be encoded.
-#[derive(Debug, Clone, thiserror::Error)]
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum EncodeError {
     /// The type is no enum in the default form of serde, so its events have no names.
@@ -39,6 +39,14 @@ pub enum EncodeError {
         category: &'static str,
         /// The rule, the cause and the remedy.
         reason: String,
+    },
+    /// Two event types of an [`EventSet`](super::EventSet) have the same category.
+    #[error("two event types of {type_name} have category {category:?}; list one type per category")]
+    SameCategory {
+        /// The Rust type of the set.
+        type_name: &'static str,
+        /// The category.
+        category: &'static str,
     },
     /// The category or a variant has an invalid name.
     #[error(transparent)]
@@ -79,8 +87,8 @@ pub enum DecodeErrorKind {
     UnknownName,
     /// The event belongs to another category than the type.
     OtherCategory {
-        /// The category of the type.
-        expected: &'static str,
+        /// The category of the type, or those of an [`EventSet`](super::EventSet).
+        expected: Vec<&'static str>,
     },
     /// The payload does not match the variant; holds the error of the decoder.
     Payload(String),
@@ -125,7 +133,10 @@ impl DecodeError {
             DecodeErrorKind::UnknownName => {
                 "the event type has no variant of that name; keep the old name of a renamed variant with #[serde(alias)], that of a removed variant with an upcaster".into()
             }
-            DecodeErrorKind::OtherCategory { expected } => format!("the requested type has category {expected:?}"),
+            DecodeErrorKind::OtherCategory { expected } => match &expected[..] {
+                [expected] => format!("the requested type has category {expected:?}"),
+                all => format!("the requested types have the categories {all:?}"),
+            },
             DecodeErrorKind::Payload(reason) => format!("the payload does not decode: {reason}"),
             DecodeErrorKind::Upcast(reason) => format!("the upcaster failed: {reason}"),
             DecodeErrorKind::Metadata(reason) => format!("the metadata does not decode: {reason}"),

@@ -92,6 +92,11 @@ impl EventTypes {
         self.groups.iter().find(|group| group.contains(name))
     }
 
+    /// Returns all names of variants that the enum reads: names, aliases and upcast old names.
+    pub(crate) fn known_names(&self) -> impl Iterator<Item = &str> {
+        self.names.keys().map(String::as_str)
+    }
+
     /// Returns the name and payload of an event, and the event as readers decode it.
     ///
     /// Only reading the payload back finds all values that serde writes and does not read. Some
@@ -128,7 +133,10 @@ impl EventTypes {
             .and_then(|rest| rest.strip_prefix('.'))
             .filter(|_| event.stream.category() == self.category.as_str())
         else {
-            return Err(DecodeError::new(event, DecodeErrorKind::OtherCategory { expected: E::CATEGORY }));
+            return Err(DecodeError::new(
+                event,
+                DecodeErrorKind::OtherCategory { expected: vec![E::CATEGORY] },
+            ));
         };
         if self.upcasters.concern(variant) {
             return self.decode_upcast(event, variant);

@@ -10,7 +10,7 @@ use tokio::sync::watch;
 use tokio::time::{Instant, timeout_at};
 
 use super::{ApplyError, InMemory, Projection, ProjectionHandle, SharedState, Snapshots, WaitError};
-use crate::event::{EncodeError, RecordedEvent};
+use crate::event::RecordedEvent;
 use crate::store::{Filter, SnapshotRevision};
 use crate::time::after;
 
@@ -36,7 +36,7 @@ type Fold<T> = dyn Fn(&mut T, &RecordedEvent) -> Result<(), ApplyError> + Send +
 /// # enum Customer { Registered { email: String } }
 /// # impl Event for Customer { const CATEGORY: &'static str = "customer"; }
 /// # #[tokio::main] async fn main() -> Result<(), Box<dyn std::error::Error>> {
-/// let by_email = InMemoryIndex::new("by_email", Filter::of::<Customer>()?, |index: &mut HashMap<_, _>, event| {
+/// let by_email = InMemoryIndex::new("by_email", Filter::of::<Customer>(), |index: &mut HashMap<_, _>, event| {
 ///     let Customer::Registered { email } = event.decode()?;
 ///     index.insert(email, event.stream.id().to_owned());
 ///     Ok(())
@@ -156,8 +156,8 @@ impl<T: Default + Send + Sync + 'static> Projection for Folding<T> {
         &self.0.name
     }
 
-    fn filter(&self) -> Result<Filter, EncodeError> {
-        Ok(self.0.filter.clone())
+    fn filter(&self) -> Filter {
+        self.0.filter.clone()
     }
 
     async fn apply(&mut self, event: &RecordedEvent, _: &mut ()) -> Result<(), ApplyError> {

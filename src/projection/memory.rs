@@ -61,7 +61,7 @@ impl InMemory {
     /// # use std::collections::BTreeMap;
     /// # use std::sync::{Arc, RwLock};
     /// # use serde::{Deserialize, Serialize};
-    /// # use storied::{EncodeError, Event, Filter, MemoryStore, Projection, RecordedEvent, Runtime, SnapshotRevision};
+    /// # use storied::{Event, Filter, MemoryStore, Projection, RecordedEvent, Runtime, SnapshotRevision};
     /// # use storied::projection::{ApplyError, InMemory};
     /// # #[derive(Serialize, Deserialize)]
     /// # #[serde(rename_all = "snake_case")]
@@ -73,7 +73,7 @@ impl InMemory {
     /// impl Projection for Revenue {
     ///     type Transaction = ();
     ///     fn name(&self) -> &str { "revenue" }
-    ///     fn filter(&self) -> Result<Filter, EncodeError> { Filter::of::<Sale>() }
+    ///     fn filter(&self) -> Filter { Filter::of::<Sale>() }
     ///     async fn apply(&mut self, event: &RecordedEvent, _: &mut ()) -> Result<(), ApplyError> {
     ///         let Sale::Made { country, pence } = event.decode()?;
     ///         *self.0.write().map_err(|_| "poisoned")?.entry(country).or_default() += pence;

@@ -331,13 +331,15 @@ impl Builder {
             first: first.type_name,
             second: second.type_name,
         })?;
-        for (index, ProjectionRegistration { name, .. }) in self.projections.iter().enumerate() {
+        for (index, registration) in self.projections.iter().enumerate() {
+            let name = &registration.name;
             if let Some(reason) = projection::name_problem(name) {
                 return Err(StartError::ProjectionName { name: name.chars().take(80).collect(), reason });
             }
             if self.projections[..index].iter().any(|other| other.name == *name) {
                 return Err(StartError::SameProjection { name: name.clone() });
             }
+            registration.check_filter()?;
         }
         within("Builder::start_timeout", self.start_timeout, Duration::ZERO..=DAY)?;
         self.publisher.validate()?;

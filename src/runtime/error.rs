@@ -6,7 +6,7 @@ use crate::aggregate::node_runs;
 use crate::bus::BusError;
 use crate::event::{EncodeError, InvalidName};
 use crate::invalid_option::InvalidOption;
-use crate::store::StoreError;
+use crate::store::{FilterError, StoreError};
 
 /// A reason why a runtime does not start.
 #[derive(Debug, thiserror::Error)]
@@ -60,9 +60,17 @@ pub enum StartError {
         /// The cause.
         reason: &'static str,
     },
-    /// The events of an aggregate cannot be stored, or a filter of a projection has unknown names.
+    /// The events of an aggregate cannot be stored.
     #[error(transparent)]
     Events(#[from] EncodeError),
+    /// The filter of a projection is invalid, for example because of an unknown variant.
+    #[error("invalid filter of projection {name:?}: {error}")]
+    Filter {
+        /// The projection.
+        name: String,
+        /// The cause.
+        error: FilterError,
+    },
     /// The store failed.
     #[error(transparent)]
     Store(#[from] StoreError),

@@ -6,7 +6,7 @@ use ractor::SpawnErr;
 
 use super::error::StartError;
 use crate::bus::EventBus;
-use crate::event::{EncodeError, Position};
+use crate::event::Position;
 use crate::invalid_option::{InvalidOption, at_least};
 use crate::partition;
 use crate::projection::{
@@ -18,7 +18,7 @@ use crate::store::{BoxFuture, EventStore, Filter};
 /// A registered projection.
 pub(super) struct ProjectionRegistration {
     pub(super) name: String,
-    filter: Result<Filter, EncodeError>,
+    filter: Filter,
     pending: Box<dyn PendingStart>,
 }
 
@@ -94,6 +94,11 @@ impl ProjectionRegistration {
         Self { name, filter, pending: Box::new(pending) }
     }
 
+    /// Checks the filter.
+    pub(super) fn check_filter(&self) -> Result<(), StartError> {
+        self.filter.check().map_err(|error| StartError::Filter { name: self.name.clone(), error })
+    }
+
     /// Checks all registrations before anything runs.
     pub(super) async fn check(
         mut self,
@@ -101,7 +106,7 @@ impl ProjectionRegistration {
         bus: Option<&dyn EventBus>,
         log_end: Position,
     ) -> Result<CheckedProjection, StartError> {
-        let filter = self.filter?;
+        let filter = self.filter;
         self.pending.check(&self.name, store, bus, log_end).await?;
         Ok(CheckedProjection { filter, pending: self.pending })
     }

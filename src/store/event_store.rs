@@ -57,6 +57,9 @@ pub trait EventStore: Send + Sync + 'static {
     ) -> BoxFuture<'a, Result<Vec<RecordedEvent>, StoreError>>;
 
     /// Reads one page of the log.
+    ///
+    /// # Errors
+    /// `Invalid` if the [filter is invalid](super::Filter::check). Otherwise as every read.
     fn read_log(&self, read: ReadLog) -> BoxFuture<'_, Result<LogPage, StoreError>>;
 
     /// Returns the id of the event at `position`, also above the high-water mark of this process.

@@ -245,7 +245,10 @@ impl EventStore for MemoryStore {
     }
 
     fn read_log(&self, read: ReadLog) -> BoxFuture<'_, Result<LogPage, StoreError>> {
-        Box::pin(async move { Ok(self.data().read_log(&read)) })
+        Box::pin(async move {
+            read.filter.check()?;
+            Ok(self.data().read_log(&read))
+        })
     }
 
     fn high_water_mark(&self) -> BoxFuture<'_, Result<Position, StoreError>> {

@@ -230,7 +230,10 @@ impl EventStore for PostgresStore {
     }
 
     fn read_log(&self, read: ReadLog) -> BoxFuture<'_, Result<LogPage, StoreError>> {
-        self.call("reading the log", async move { read::log(&self.shared.core, &read).await })
+        self.call("reading the log", async move {
+            read.filter.check()?;
+            read::log(&self.shared.core, &read).await
+        })
     }
 
     fn event_id_at(&self, position: Position) -> BoxFuture<'_, Result<Option<Uuid>, StoreError>> {

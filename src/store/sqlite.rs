@@ -188,10 +188,9 @@ impl EventStore for SqliteStore {
 
     fn read_log(&self, read: ReadLog) -> BoxFuture<'_, Result<LogPage, StoreError>> {
         Box::pin(async move {
-            {
-                let Shared { readers, page_sizer, info, .. } = &*self.shared;
-                read::log(readers, page_sizer, info.codec, &read).await
-            }
+            read.filter.check()?;
+            let Shared { readers, page_sizer, info, .. } = &*self.shared;
+            read::log(readers, page_sizer, info.codec, &read).await
         })
     }
 

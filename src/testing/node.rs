@@ -128,7 +128,8 @@ impl Node {
         P: Projection,
         R: ReadModel<Transaction = P::Transaction>,
     {
-        let filter = made.with_sample(Projection::filter).expect("the filter names existing events");
+        let filter = made.with_sample(Projection::filter);
+        filter.check().expect("the filter is valid");
         let (store, feed, lease_watcher) =
             (self.store.clone(), self.feed.clone(), self.lease_watcher.clone());
         let bus = self.bus.clone();

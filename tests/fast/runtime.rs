@@ -8,9 +8,8 @@ use serde::{Deserialize, Serialize};
 use sqlx::{SqliteConnection, SqlitePool};
 use storied::projection::{ApplyError, InMemory, Projection, ProjectionState, SqliteReadModel};
 use storied::{
-    Aggregate, Context, Decided, Decision, EncodeError, Event, EventStore, ExecuteError, ExpectedVersion,
-    Filter, MemoryStore, NotExecutedKind, Position, PublisherState, ReadLog, RecordedEvent, Runtime,
-    SqliteStore,
+    Aggregate, Context, Decided, Decision, Event, EventStore, ExecuteError, ExpectedVersion, Filter,
+    MemoryStore, NotExecutedKind, Position, PublisherState, ReadLog, RecordedEvent, Runtime, SqliteStore,
 };
 use tempfile::TempDir;
 use uuid::Uuid;
@@ -65,7 +64,7 @@ impl Projection for Ledger {
         "ledger"
     }
 
-    fn filter(&self) -> Result<Filter, EncodeError> {
+    fn filter(&self) -> Filter {
         Filter::of::<AccountEvent>()
     }
 
@@ -90,8 +89,8 @@ impl Projection for Count {
         "count"
     }
 
-    fn filter(&self) -> Result<Filter, EncodeError> {
-        Ok(Filter::all())
+    fn filter(&self) -> Filter {
+        Filter::all()
     }
 
     async fn apply(&mut self, _: &RecordedEvent, (): &mut ()) -> Result<(), ApplyError> {

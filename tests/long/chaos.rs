@@ -23,9 +23,9 @@ use storied::bus::JetStreamOptions;
 use storied::projection::{ApplyError, BuildTarget};
 use storied::store::Append;
 use storied::{
-    Codec, EncodeError, Event, EventStore, ExpectedVersion, Filter, Metadata, NatsOptions, NewEvent,
-    Partition, Position, PostgresReadModel, PostgresStore, Projection, ProjectionOptions, ReadLog,
-    RecordedEvent, Runtime, StreamId,
+    Codec, Event, EventStore, ExpectedVersion, Filter, Metadata, NatsOptions, NewEvent, Partition, Position,
+    PostgresReadModel, PostgresStore, Projection, ProjectionOptions, ReadLog, RecordedEvent, Runtime,
+    StreamId,
 };
 use tempfile::TempDir;
 use tokio::task::JoinHandle;
@@ -55,7 +55,7 @@ impl Projection for Seen {
         "seen"
     }
 
-    fn filter(&self) -> Result<Filter, EncodeError> {
+    fn filter(&self) -> Filter {
         Filter::of::<Tick>()
     }
 

@@ -24,9 +24,9 @@ use storied::bus::JetStreamOptions;
 use storied::command::{CommandBus, HandleError, Handler, HandlerContext, NatsCommandOptions};
 use storied::projection::{ApplyError, FollowMode};
 use storied::{
-    Aggregate, AggregateOptions, Context, Decided, Decision, EncodeError, Event, EventStore, ExecuteError,
-    Filter, NatsOptions, NeverRejects, Position, PostgresReadModel, PostgresStore, Projection,
-    ProjectionOptions, ReadLog, RecordedEvent, Runtime,
+    Aggregate, AggregateOptions, Context, Decided, Decision, Event, EventStore, ExecuteError, Filter,
+    NatsOptions, NeverRejects, Position, PostgresReadModel, PostgresStore, Projection, ProjectionOptions,
+    ReadLog, RecordedEvent, Runtime,
 };
 use tokio::time::{Instant, sleep};
 use uuid::Uuid;
@@ -113,7 +113,7 @@ impl Projection for Totals {
         "totals"
     }
 
-    fn filter(&self) -> Result<Filter, EncodeError> {
+    fn filter(&self) -> Filter {
         Filter::of::<MeterEvent>()
     }
 
@@ -140,7 +140,7 @@ impl Projection for Sum {
         "sum"
     }
 
-    fn filter(&self) -> Result<Filter, EncodeError> {
+    fn filter(&self) -> Filter {
         Filter::of::<MeterEvent>()
     }
 

@@ -8,9 +8,9 @@ use storied::command::{HandleError, HandlerContext, HandlerOptions};
 use storied::projection::{ApplyError, InMemory, InMemoryIndex, Schedule};
 use storied::runtime::{Builder, StartError};
 use storied::{
-    AggregateOptions, EncodeError, ExecuteError, FeedOptions, Filter, Handler, MemoryStore, NeverRejects,
-    NotExecutedKind, PostgresOptions, Projection, ProjectionOptions, PublisherOptions, RecordedEvent,
-    Runtime, SnapshotRevision, SqliteOptions, StoreError,
+    AggregateOptions, ExecuteError, FeedOptions, Filter, Handler, MemoryStore, NeverRejects, NotExecutedKind,
+    PostgresOptions, Projection, ProjectionOptions, PublisherOptions, RecordedEvent, Runtime,
+    SnapshotRevision, SqliteOptions, StoreError,
 };
 use tokio::time::timeout;
 
@@ -42,8 +42,8 @@ impl Projection for Nothing {
         "nothing"
     }
 
-    fn filter(&self) -> Result<Filter, EncodeError> {
-        Ok(Filter::all())
+    fn filter(&self) -> Filter {
+        Filter::all()
     }
 
     async fn apply(&mut self, _: &RecordedEvent, _: &mut ()) -> Result<(), ApplyError> {

@@ -9,7 +9,7 @@ use opentelemetry_sdk::metrics::data::{AggregatedMetrics, Metric, MetricData};
 use opentelemetry_sdk::metrics::{InMemoryMetricExporter, PeriodicReader, SdkMeterProvider};
 use storied::bus::{JetStreamOptions, NatsOptions};
 use storied::projection::ApplyError;
-use storied::{EncodeError, Filter, Projection, PublisherOptions, RecordedEvent, Telemetry};
+use storied::{Filter, Projection, PublisherOptions, RecordedEvent, Telemetry};
 use tokio::sync::RwLock;
 use tokio::time::{Instant, sleep};
 
@@ -34,8 +34,8 @@ impl<T: Send + 'static> Projection for Sums<T> {
         self.0
     }
 
-    fn filter(&self) -> Result<Filter, EncodeError> {
-        Ok(Filter::all())
+    fn filter(&self) -> Filter {
+        Filter::all()
     }
 
     async fn apply(&mut self, event: &RecordedEvent, _: &mut T) -> Result<(), ApplyError> {

@@ -9,7 +9,7 @@ use storied::projection::{
 };
 use storied::store::{Append, ExpectedVersion};
 use storied::{
-    Aggregate, Context, Decided, EncodeError, Event, EventStore, Filter, Metadata, NewEvent, PostgresOptions,
+    Aggregate, Context, Decided, Event, EventStore, Filter, Metadata, NewEvent, PostgresOptions,
     PostgresStore, RecordedEvent, Runtime, StreamId,
 };
 
@@ -80,7 +80,7 @@ impl Projection for Sums {
         "sums"
     }
 
-    fn filter(&self) -> Result<Filter, EncodeError> {
+    fn filter(&self) -> Filter {
         Filter::of::<AccountEvent>()
     }
 
@@ -104,7 +104,7 @@ impl Projection for KeptSums {
         "sums"
     }
 
-    fn filter(&self) -> Result<Filter, EncodeError> {
+    fn filter(&self) -> Filter {
         Filter::of::<AccountEvent>()
     }
 

@@ -5,7 +5,7 @@
 
 use sqlx::postgres::{PgConnection, PgPool};
 use storied::projection::{ApplyError, BuildTarget};
-use storied::{EncodeError, Filter, Projection, RecordedEvent};
+use storied::{Filter, Projection, RecordedEvent};
 
 use super::{REVENUE, UNITS, to_sql};
 use crate::domain::InvoiceEvent;
@@ -39,7 +39,7 @@ impl Projection for RevenueByCountry {
         REVENUE
     }
 
-    fn filter(&self) -> Result<Filter, EncodeError> {
+    fn filter(&self) -> Filter {
         Filter::of::<InvoiceEvent>()
     }
 
@@ -91,8 +91,8 @@ impl Projection for UnitsByStockCode {
         UNITS
     }
 
-    fn filter(&self) -> Result<Filter, EncodeError> {
-        Filter::variants::<InvoiceEvent>(&InvoiceEvent::LINES)
+    fn filter(&self) -> Filter {
+        Filter::variants::<InvoiceEvent>(InvoiceEvent::LINES)
     }
 
     async fn apply(&mut self, event: &RecordedEvent, tx: &mut PgConnection) -> Result<(), ApplyError> {

@@ -6,7 +6,7 @@
 
 use sqlx::sqlite::{SqliteConnection, SqlitePool};
 use storied::projection::ApplyError;
-use storied::{EncodeError, Filter, Projection, RecordedEvent};
+use storied::{Filter, Projection, RecordedEvent};
 
 use super::{REVENUE, UNITS, to_sql};
 use crate::domain::InvoiceEvent;
@@ -42,7 +42,7 @@ impl Projection for RevenueByCountry {
         REVENUE
     }
 
-    fn filter(&self) -> Result<Filter, EncodeError> {
+    fn filter(&self) -> Filter {
         Filter::of::<InvoiceEvent>()
     }
 
@@ -90,8 +90,8 @@ impl Projection for UnitsByStockCode {
         UNITS
     }
 
-    fn filter(&self) -> Result<Filter, EncodeError> {
-        Filter::variants::<InvoiceEvent>(&InvoiceEvent::LINES)
+    fn filter(&self) -> Filter {
+        Filter::variants::<InvoiceEvent>(InvoiceEvent::LINES)
     }
 
     async fn apply(&mut self, event: &RecordedEvent, tx: &mut SqliteConnection) -> Result<(), ApplyError> {

@@ -9,8 +9,8 @@ use storied::projection::{ApplyError, AtLeastOnce, Delivery, FollowMode};
 use storied::runtime::StartError;
 use storied::testing::Node;
 use storied::{
-    EncodeError, EventStore, Filter, MemoryStore, Metadata, NatsBus, NewEvent, Position, Projection,
-    ProjectionHandle, ProjectionOptions, RecordedEvent, Runtime,
+    EventStore, Filter, MemoryStore, Metadata, NatsBus, NewEvent, Position, Projection, ProjectionHandle,
+    ProjectionOptions, RecordedEvent, Runtime,
 };
 
 use crate::bus::fixtures::*;
@@ -26,8 +26,8 @@ impl Projection for Torn {
         "torn"
     }
 
-    fn filter(&self) -> Result<Filter, EncodeError> {
-        Filter::variants::<Note>(&["torn"])
+    fn filter(&self) -> Filter {
+        Filter::variants::<Note>(["torn"])
     }
 
     async fn apply(&mut self, event: &RecordedEvent, _: &mut Delivery) -> Result<(), ApplyError> {

@@ -167,7 +167,7 @@ async fn filtered_events_are_no_gap() {
     let bus = options(Kind::JetStream, &server).bus();
     let mut press = Press::new(&bus).await;
     let stream = stream(&server).await;
-    let torn = Filter::variants::<Note>(&["torn"]).unwrap();
+    let torn = Filter::variants::<Note>(["torn"]);
     let mut follower = Follower::of(&bus, &press.store, torn);
     follower.gap().await;
     consumer(&stream, "the follower requests", |info| info.num_waiting > 0).await;

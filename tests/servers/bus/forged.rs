@@ -16,7 +16,7 @@ use storied::projection::{
 };
 use storied::testing::Node;
 use storied::{
-    BoxFuture, EncodeError, EventBus, EventStore, FeedOptions, Filter, Position, PostgresStore, Projection,
+    BoxFuture, EventBus, EventStore, FeedOptions, Filter, Position, PostgresStore, Projection,
     ProjectionHandle, ProjectionOptions, PublisherState, RecordedEvent, SqliteStore,
 };
 use tokio::time::Instant;
@@ -36,8 +36,8 @@ impl Projection for Memory {
         "memory"
     }
 
-    fn filter(&self) -> Result<Filter, EncodeError> {
-        Ok(Filter::all())
+    fn filter(&self) -> Filter {
+        Filter::all()
     }
 
     async fn apply(&mut self, event: &RecordedEvent, (): &mut ()) -> Result<(), ApplyError> {
@@ -63,8 +63,8 @@ macro_rules! table {
                 self.0
             }
 
-            fn filter(&self) -> Result<Filter, EncodeError> {
-                Ok(Filter::all())
+            fn filter(&self) -> Filter {
+                Filter::all()
             }
 
             async fn apply(&mut self, event: &RecordedEvent, tx: &mut $connection) -> Result<(), ApplyError> {

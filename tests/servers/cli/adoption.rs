@@ -18,8 +18,8 @@ use storied::store::{
     Adoption, Checkpoint, CheckpointKey, ProgressWrite, PublisherCheckpoint, StoredProjection,
 };
 use storied::{
-    EncodeError, EventStore, Filter, Position, PostgresOptions, PostgresReadModel, PostgresStore,
-    ProjectionOptions, PublisherState, RecordedEvent, Runtime, SqliteStore, StoreError,
+    EventStore, Filter, Position, PostgresOptions, PostgresReadModel, PostgresStore, ProjectionOptions,
+    PublisherState, RecordedEvent, Runtime, SqliteStore, StoreError,
 };
 use tokio::time::{Instant, timeout};
 use uuid::Uuid;
@@ -148,8 +148,8 @@ impl Projection for Orders {
         "orders"
     }
 
-    fn filter(&self) -> Result<Filter, EncodeError> {
-        Ok(Filter::all())
+    fn filter(&self) -> Filter {
+        Filter::all()
     }
 
     async fn apply(&mut self, _: &RecordedEvent, _: &mut PgConnection) -> Result<(), ApplyError> {

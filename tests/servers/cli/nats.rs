@@ -11,8 +11,7 @@ use storied::bus::{ConsumerOptions, SubscribeOptions};
 use storied::projection::{ApplyError, FollowMode, SqliteReadModel};
 use storied::testing::Node;
 use storied::{
-    EncodeError, EventStore, FeedOptions, Filter, NatsBus, Projection, ProjectionOptions, PublisherOptions,
-    RecordedEvent,
+    EventStore, FeedOptions, Filter, NatsBus, Projection, ProjectionOptions, PublisherOptions, RecordedEvent,
 };
 
 use crate::cli::program::*;
@@ -234,7 +233,7 @@ impl Projection for Nothing {
         "nothing"
     }
 
-    fn filter(&self) -> Result<Filter, EncodeError> {
+    fn filter(&self) -> Filter {
         Filter::of::<OrderEvent>()
     }
 

@@ -13,8 +13,8 @@ use storied::projection::{
 };
 use storied::testing::Node;
 use storied::{
-    EncodeError, EventStore, FeedOptions, Filter, Projection, ProjectionHandle, ProjectionOptions,
-    PublisherOptions, RecordedEvent,
+    EventStore, FeedOptions, Filter, Projection, ProjectionHandle, ProjectionOptions, PublisherOptions,
+    RecordedEvent,
 };
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::time::timeout;
@@ -48,7 +48,7 @@ macro_rules! seen_in {
                 "seen"
             }
 
-            fn filter(&self) -> Result<Filter, EncodeError> {
+            fn filter(&self) -> Filter {
                 Filter::of::<OrderEvent>()
             }
 

@@ -10,8 +10,8 @@ use sqlx::{AssertSqlSafe, Executor, PgConnection, PgPool};
 use storied::bus::{JetStreamOptions, NatsOptions};
 use storied::projection::{ApplyError, InMemory, Projection, ProjectionState};
 use storied::{
-    EncodeError, EventStore, ExpectedVersion, Filter, Position, PostgresReadModel, PostgresStore,
-    PublisherState, ReadLog, RecordedEvent, Runtime, SnapshotRevision,
+    EventStore, ExpectedVersion, Filter, Position, PostgresReadModel, PostgresStore, PublisherState, ReadLog,
+    RecordedEvent, Runtime, SnapshotRevision,
 };
 
 use crate::postgres::tools::{
@@ -40,8 +40,8 @@ impl Projection for Seen {
         "seen"
     }
 
-    fn filter(&self) -> Result<Filter, EncodeError> {
-        Ok(Filter::all())
+    fn filter(&self) -> Filter {
+        Filter::all()
     }
 
     async fn apply(&mut self, event: &RecordedEvent, tx: &mut PgConnection) -> Result<(), ApplyError> {
@@ -64,8 +64,8 @@ impl Projection for Kept {
         "kept"
     }
 
-    fn filter(&self) -> Result<Filter, EncodeError> {
-        Ok(Filter::all())
+    fn filter(&self) -> Filter {
+        Filter::all()
     }
 
     async fn apply(&mut self, event: &RecordedEvent, _: &mut ()) -> Result<(), ApplyError> {

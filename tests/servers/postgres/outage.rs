@@ -7,8 +7,8 @@ use sqlx::postgres::PgPoolOptions;
 use sqlx::{Connection, PgConnection, PgPool};
 use storied::projection::{ApplyError, ProjectionState};
 use storied::{
-    EncodeError, ExpectedVersion, Filter, MemoryStore, PostgresOptions, PostgresReadModel, Projection,
-    ProjectionHandle, ProjectionOptions, RecordedEvent, Runtime, StoreError,
+    ExpectedVersion, Filter, MemoryStore, PostgresOptions, PostgresReadModel, Projection, ProjectionHandle,
+    ProjectionOptions, RecordedEvent, Runtime, StoreError,
 };
 use tokio::time::{Instant, timeout};
 
@@ -25,8 +25,8 @@ impl Projection for Seen {
         "seen"
     }
 
-    fn filter(&self) -> Result<Filter, EncodeError> {
-        Ok(Filter::all())
+    fn filter(&self) -> Filter {
+        Filter::all()
     }
 
     async fn apply(&mut self, event: &RecordedEvent, tx: &mut PgConnection) -> Result<(), ApplyError> {

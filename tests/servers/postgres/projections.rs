@@ -12,8 +12,8 @@ use sqlx::postgres::PgPoolOptions;
 use storied::projection::{ApplyError, InMemory};
 use storied::store::Append;
 use storied::{
-    EncodeError, EventName, EventStore, ExpectedVersion, Filter, NewEvent, Position, PostgresOptions,
-    PostgresReadModel, PostgresStore, Projection, ReadLog, RecordedEvent, Runtime,
+    EventName, EventStore, ExpectedVersion, Filter, NewEvent, Position, PostgresOptions, PostgresReadModel,
+    PostgresStore, Projection, ReadLog, RecordedEvent, Runtime,
 };
 
 use crate::postgres::tools::{append, events, run, stream};
@@ -30,8 +30,8 @@ impl Projection for Counted {
         &self.0
     }
 
-    fn filter(&self) -> Result<Filter, EncodeError> {
-        Ok(Filter::all())
+    fn filter(&self) -> Filter {
+        Filter::all()
     }
 
     async fn apply(&mut self, _: &RecordedEvent, tx: &mut PgConnection) -> Result<(), ApplyError> {
@@ -91,8 +91,8 @@ impl Projection for Counting {
         self.name
     }
 
-    fn filter(&self) -> Result<Filter, EncodeError> {
-        Ok(self.filter.clone())
+    fn filter(&self) -> Filter {
+        self.filter.clone()
     }
 
     async fn apply(&mut self, _: &RecordedEvent, _: &mut ()) -> Result<(), ApplyError> {

@@ -8,8 +8,8 @@ use sqlx::postgres::PgPoolOptions;
 use sqlx::{PgConnection, PgPool};
 use storied::projection::{ApplyError, ProjectionState, ReadModel};
 use storied::{
-    EncodeError, EventStore, ExpectedVersion, Filter, MemoryStore, Position, PostgresReadModel,
-    PostgresStore, Projection, RecordedEvent, Runtime,
+    EventStore, ExpectedVersion, Filter, MemoryStore, Position, PostgresReadModel, PostgresStore, Projection,
+    RecordedEvent, Runtime,
 };
 
 use crate::postgres::tools::{append, events, run, stream, whole_log};
@@ -24,8 +24,8 @@ impl Projection for Seen {
         "seen"
     }
 
-    fn filter(&self) -> Result<Filter, EncodeError> {
-        Ok(Filter::all())
+    fn filter(&self) -> Filter {
+        Filter::all()
     }
 
     async fn apply(&mut self, event: &RecordedEvent, tx: &mut PgConnection) -> Result<(), ApplyError> {

@@ -13,9 +13,7 @@ use sqlx::{AssertSqlSafe, Executor, PgConnection, PgPool};
 use storied::projection::{ApplyError, Projection, ProjectionState};
 use storied::store::{AppendError, Checkpoint, CheckpointKey, CommandRecord, ProgressWrite};
 use storied::{
-    Aggregate, Context, Decided, Decision, EncodeError, Event, EventName, EventStore, ExecuteError, Filter,
-    MemoryStore, NeverRejects, Position, PostgresOptions, PostgresReadModel, PostgresStore, ReadLog,
-    RecordedEvent, Runtime, StoreError, Version,
+    Aggregate, Context, Decided, Decision, Event, EventName, EventStore, ExecuteError, Filter, MemoryStore, NeverRejects, Position, PostgresOptions, PostgresReadModel, PostgresStore, ReadLog, RecordedEvent, Runtime, StoreError, Version,
 };
 use tokio::task::JoinSet;
 use uuid::Uuid;
@@ -606,8 +604,8 @@ impl Projection for Seen {
         "seen"
     }
 
-    fn filter(&self) -> Result<Filter, EncodeError> {
-        Ok(Filter::all())
+    fn filter(&self) -> Filter {
+        Filter::all()
     }
 
     async fn apply(&mut self, event: &RecordedEvent, tx: &mut PgConnection) -> Result<(), ApplyError> {

@@ -7,7 +7,7 @@ use std::time::Duration;
 use sqlx::SqliteConnection;
 use sqlx::sqlite::{SqliteConnectOptions, SqlitePoolOptions};
 use storied::projection::{ApplyError, AtLeastOnce, Delivery, SqliteReadModel};
-use storied::{EncodeError, EventStore, Filter, MemoryStore, Position, Projection, RecordedEvent};
+use storied::{EventStore, Filter, MemoryStore, Position, Projection, RecordedEvent};
 
 use crate::projection::fixtures::*;
 
@@ -27,8 +27,8 @@ impl Projection for Paced {
         "paced"
     }
 
-    fn filter(&self) -> Result<Filter, EncodeError> {
-        Ok(Filter::all())
+    fn filter(&self) -> Filter {
+        Filter::all()
     }
 
     async fn apply(&mut self, _: &RecordedEvent, delivery: &mut Delivery) -> Result<(), ApplyError> {
@@ -84,8 +84,8 @@ impl Projection for Written {
         "written"
     }
 
-    fn filter(&self) -> Result<Filter, EncodeError> {
-        Ok(Filter::all())
+    fn filter(&self) -> Filter {
+        Filter::all()
     }
 
     async fn apply(&mut self, _: &RecordedEvent, tx: &mut SqliteConnection) -> Result<(), ApplyError> {

@@ -12,9 +12,7 @@ use storied::projection::{
 };
 use storied::store::{BoxFuture, Checkpoint, CheckpointKey, ControlChange};
 use storied::testing::Node;
-use storied::{
-    EncodeError, EventStore, Filter, MemoryStore, Position, Projection, ProjectionHandle, RecordedEvent,
-};
+use storied::{EventStore, Filter, MemoryStore, Position, Projection, ProjectionHandle, RecordedEvent};
 
 use crate::projection::fixtures::*;
 
@@ -108,8 +106,8 @@ impl<T: Send + 'static> Projection for NoReset<T> {
         self.name
     }
 
-    fn filter(&self) -> Result<Filter, EncodeError> {
-        Ok(Filter::all())
+    fn filter(&self) -> Filter {
+        Filter::all()
     }
 
     async fn apply(&mut self, event: &RecordedEvent, _: &mut T) -> Result<(), ApplyError> {
@@ -226,8 +224,8 @@ impl Projection for Index {
         "index"
     }
 
-    fn filter(&self) -> Result<Filter, EncodeError> {
-        Ok(Filter::all())
+    fn filter(&self) -> Filter {
+        Filter::all()
     }
 
     async fn apply(&mut self, event: &RecordedEvent, _: &mut Delivery) -> Result<(), ApplyError> {
@@ -517,8 +515,8 @@ impl Projection for Refusing {
         self.0
     }
 
-    fn filter(&self) -> Result<Filter, EncodeError> {
-        Ok(Filter::all())
+    fn filter(&self) -> Filter {
+        Filter::all()
     }
 
     async fn apply(&mut self, _: &RecordedEvent, _: &mut sqlx::SqliteConnection) -> Result<(), ApplyError> {
@@ -568,8 +566,8 @@ impl Projection for Mails {
         "mails"
     }
 
-    fn filter(&self) -> Result<Filter, EncodeError> {
-        Ok(Filter::all())
+    fn filter(&self) -> Filter {
+        Filter::all()
     }
 
     async fn apply(&mut self, event: &RecordedEvent, delivery: &mut Delivery) -> Result<(), ApplyError> {

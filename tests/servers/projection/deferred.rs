@@ -8,7 +8,7 @@ use sqlx::{Executor, PgConnection, PgPool};
 use storied::projection::{
     ApplyError, FailurePolicy, PostgresReadModel, ProjectionState, ReadModel, SqliteReadModel,
 };
-use storied::{EncodeError, EventStore, Filter, MemoryStore, Position, Projection, RecordedEvent};
+use storied::{EventStore, Filter, MemoryStore, Position, Projection, RecordedEvent};
 use tempfile::TempDir;
 
 use crate::projection::fixtures::*;
@@ -33,8 +33,8 @@ macro_rules! writes {
                 self.name
             }
 
-            fn filter(&self) -> Result<Filter, EncodeError> {
-                Ok(Filter::all())
+            fn filter(&self) -> Filter {
+                Filter::all()
             }
 
             async fn apply(&mut self, event: &RecordedEvent, tx: &mut $connection) -> Result<(), ApplyError> {

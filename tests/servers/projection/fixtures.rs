@@ -21,9 +21,9 @@ use storied::store::{
 };
 use storied::testing::{Node, Sealed};
 use storied::{
-    EncodeError, Event, EventBus, EventStore, FeedOptions, Filter, MemoryStore, Metadata, NewEvent, Position,
-    Projection, ProjectionHandle, ProjectionOptions, PublisherOptions, PublisherState, ReadLog,
-    RecordedEvent, SqliteStore, StoreError, StreamId, Version,
+    Event, EventBus, EventStore, FeedOptions, Filter, MemoryStore, Metadata, NewEvent, Position, Projection,
+    ProjectionHandle, ProjectionOptions, PublisherOptions, PublisherState, ReadLog, RecordedEvent,
+    SqliteStore, StoreError, StreamId, Version,
 };
 use tempfile::TempDir;
 use tokio::sync::broadcast::error::RecvError;
@@ -100,7 +100,7 @@ pub async fn log(store: &Arc<dyn EventStore>, filter: &Filter) -> Vec<Position> 
 }
 
 pub fn evens() -> Filter {
-    Filter::variants::<Thing>(&["even"]).unwrap()
+    Filter::variants::<Thing>(["even"])
 }
 
 /// A test's action on an event before it is recorded.
@@ -211,8 +211,8 @@ impl<T: Send + 'static> Projection for Recorder<T> {
         &self.name
     }
 
-    fn filter(&self) -> Result<Filter, EncodeError> {
-        Ok(self.filter.clone())
+    fn filter(&self) -> Filter {
+        self.filter.clone()
     }
 
     async fn apply(&mut self, event: &RecordedEvent, _: &mut T) -> Result<(), ApplyError> {
@@ -250,8 +250,8 @@ impl Projection for Table {
         &self.name
     }
 
-    fn filter(&self) -> Result<Filter, EncodeError> {
-        Ok(Filter::all())
+    fn filter(&self) -> Filter {
+        Filter::all()
     }
 
     async fn apply(&mut self, event: &RecordedEvent, tx: &mut SqliteConnection) -> Result<(), ApplyError> {

@@ -12,7 +12,7 @@ use crate::projection::fixtures::*;
 type Counts = BTreeMap<(String, u64), u64>;
 
 fn counts(name: &str) -> InMemoryIndex<Counts> {
-    InMemoryIndex::new(name, Filter::of::<Thing>().unwrap(), |counts: &mut Counts, event| {
+    InMemoryIndex::new(name, Filter::of::<Thing>(), |counts: &mut Counts, event| {
         let (Thing::Even { n } | Thing::Odd { n }) = event.decode()? else { return Ok(()) };
         if n == 1_000_000 {
             // Before the first change.

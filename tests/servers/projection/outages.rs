@@ -17,8 +17,8 @@ use storied::projection::{
 };
 use storied::store::CheckpointKey;
 use storied::{
-    EncodeError, EventStore, ExecuteError, Filter, MemoryStore, NotExecutedKind, Position, Projection,
-    ProjectionOptions, RecordedEvent, Runtime, StoreError, StreamId,
+    EventStore, ExecuteError, Filter, MemoryStore, NotExecutedKind, Position, Projection, ProjectionOptions,
+    RecordedEvent, Runtime, StoreError, StreamId,
 };
 use tokio::time::Instant;
 use uuid::Uuid;
@@ -271,8 +271,8 @@ impl Projection for Reaction {
         "reaction"
     }
 
-    fn filter(&self) -> Result<Filter, EncodeError> {
-        Ok(Filter::all())
+    fn filter(&self) -> Filter {
+        Filter::all()
     }
 
     async fn apply(&mut self, event: &RecordedEvent, _: &mut Delivery) -> Result<(), ApplyError> {

@@ -11,9 +11,7 @@ use storied::projection::{
     RebuildStatus, TargetUnavailable,
 };
 use storied::testing::Node;
-use storied::{
-    EncodeError, EventStore, Filter, Position, Projection, ProjectionHandle, ProjectionOptions, RecordedEvent,
-};
+use storied::{EventStore, Filter, Position, Projection, ProjectionHandle, ProjectionOptions, RecordedEvent};
 
 use crate::projection::fixtures::*;
 
@@ -32,8 +30,8 @@ impl Projection for Versioned {
         "versioned"
     }
 
-    fn filter(&self) -> Result<Filter, EncodeError> {
-        Ok(Filter::all())
+    fn filter(&self) -> Filter {
+        Filter::all()
     }
 
     async fn apply(&mut self, event: &RecordedEvent, tx: &mut SqliteConnection) -> Result<(), ApplyError> {
@@ -495,7 +493,7 @@ impl Projection for Locked {
         self.0.name()
     }
 
-    fn filter(&self) -> Result<Filter, EncodeError> {
+    fn filter(&self) -> Filter {
         self.0.filter()
     }
 
@@ -578,8 +576,8 @@ mod on_a_server {
             "viewed"
         }
 
-        fn filter(&self) -> Result<Filter, EncodeError> {
-            Ok(Filter::all())
+        fn filter(&self) -> Filter {
+            Filter::all()
         }
 
         async fn apply(&mut self, event: &RecordedEvent, tx: &mut PgConnection) -> Result<(), ApplyError> {

@@ -10,7 +10,7 @@ use storied::projection::{
     Answer, ApplyError, BuildTarget, FailurePolicy, Operator, ProjectionState, Request, TargetUnavailable,
 };
 use storied::testing::Node;
-use storied::{EncodeError, EventStore, Filter, MemoryStore, Projection, ProjectionHandle, RecordedEvent};
+use storied::{EventStore, Filter, MemoryStore, Projection, ProjectionHandle, RecordedEvent};
 
 use crate::projection::fixtures::*;
 
@@ -45,8 +45,8 @@ impl Projection for RequestTicket {
         "asked"
     }
 
-    fn filter(&self) -> Result<Filter, EncodeError> {
-        Ok(Filter::all())
+    fn filter(&self) -> Filter {
+        Filter::all()
     }
 
     async fn apply(&mut self, _: &RecordedEvent, _: &mut SqliteConnection) -> Result<(), ApplyError> {

@@ -7,8 +7,7 @@ use std::time::Duration;
 use storied::projection::{ApplyError, InMemory, InMemoryIndex, ProjectionState, TargetUnavailable};
 use storied::runtime::{Builder, StartError};
 use storied::{
-    EncodeError, EventStore, Filter, MemoryStore, Projection, ProjectionOptions, RecordedEvent, Runtime,
-    SnapshotRevision,
+    EventStore, Filter, MemoryStore, Projection, ProjectionOptions, RecordedEvent, Runtime, SnapshotRevision,
 };
 
 use crate::projection::fixtures::*;
@@ -38,8 +37,8 @@ impl Projection for Shared {
         "shared"
     }
 
-    fn filter(&self) -> Result<Filter, EncodeError> {
-        Ok(Filter::all())
+    fn filter(&self) -> Filter {
+        Filter::all()
     }
 
     async fn apply(&mut self, event: &RecordedEvent, _: &mut ()) -> Result<(), ApplyError> {
@@ -63,8 +62,8 @@ impl Projection for Endless {
         "endless"
     }
 
-    fn filter(&self) -> Result<Filter, EncodeError> {
-        Ok(Filter::all())
+    fn filter(&self) -> Filter {
+        Filter::all()
     }
 
     async fn apply(&mut self, event: &RecordedEvent, _: &mut ()) -> Result<(), ApplyError> {
@@ -86,8 +85,8 @@ impl Projection for FailingReset {
         "failing"
     }
 
-    fn filter(&self) -> Result<Filter, EncodeError> {
-        Ok(Filter::all())
+    fn filter(&self) -> Filter {
+        Filter::all()
     }
 
     async fn apply(&mut self, _: &RecordedEvent, _: &mut ()) -> Result<(), ApplyError> {

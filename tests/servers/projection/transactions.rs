@@ -9,7 +9,7 @@ use sqlx::{Executor, PgConnection, PgPool, SqlitePool};
 use storied::projection::{
     ApplyError, FailurePolicy, PostgresReadModel, ProjectionState, ReadModel, SqliteReadModel,
 };
-use storied::{EncodeError, EventStore, Filter, MemoryStore, Position, Projection, RecordedEvent};
+use storied::{EventStore, Filter, MemoryStore, Position, Projection, RecordedEvent};
 use tempfile::TempDir;
 
 use crate::projection::fixtures::*;
@@ -36,8 +36,8 @@ macro_rules! writes {
                 &self.name
             }
 
-            fn filter(&self) -> Result<Filter, EncodeError> {
-                Ok(Filter::all())
+            fn filter(&self) -> Filter {
+                Filter::all()
             }
 
             async fn apply(&mut self, event: &RecordedEvent, tx: &mut $connection) -> Result<(), ApplyError> {
@@ -145,8 +145,8 @@ impl Projection for Large {
         "large"
     }
 
-    fn filter(&self) -> Result<Filter, EncodeError> {
-        Ok(Filter::all())
+    fn filter(&self) -> Filter {
+        Filter::all()
     }
 
     async fn apply(&mut self, event: &RecordedEvent, tx: &mut SqliteConnection) -> Result<(), ApplyError> {

@@ -85,14 +85,14 @@ pub async fn skips_unknown_names<P: Place>(scene: Scene<P>) {
     let strange = append_raw(&scene.store, 0, vec![unknown]).await;
     let head = scene.append(0, [2]).await;
     let decodes = hook(|event| Ok(event.decode::<Thing>().map(drop)?));
-    let named = Filter::variants::<Thing>(&["even", "odd"]).unwrap();
+    let named = Filter::variants::<Thing>(["even", "odd"]);
     let (options, node) = (scene.options(), scene.node().await);
     let mut handles = Vec::new();
     for (name, filter, options) in [
         ("named", named, options.clone()),
-        ("passing", Filter::of::<Thing>().unwrap(), options.clone().unknown_names(UnknownNames::Skip)),
-        ("parking", Filter::of::<Thing>().unwrap(), options.clone().on_failure(FailurePolicy::Park)),
-        ("stopping", Filter::of::<Thing>().unwrap(), options),
+        ("passing", Filter::of::<Thing>(), options.clone().unknown_names(UnknownNames::Skip)),
+        ("parking", Filter::of::<Thing>(), options.clone().on_failure(FailurePolicy::Park)),
+        ("stopping", Filter::of::<Thing>(), options),
     ] {
         let writes = scene.writes(name).filter(filter).hook(decodes.clone());
         handles.push(scene.start(&node, writes, options).await);

@@ -59,7 +59,7 @@ pub async fn is_handed_over_under_load<P: Place>(scene: Scene<P>) {
 pub async fn reaches_the_head_for_a_filter_without_matches<P: Place>(scene: Scene<P>) {
     scene.append(0, 0..1_200).await;
     let node = scene.node().await;
-    let never = Filter::variants::<Thing>(&["never"]).unwrap();
+    let never = Filter::variants::<Thing>(["never"]);
     let handle = scene.start(&node, scene.writes("never").filter(never), scene.options()).await;
     for n in 0..10 {
         let position = scene.append(0, [n]).await;
@@ -70,7 +70,7 @@ pub async fn reaches_the_head_for_a_filter_without_matches<P: Place>(scene: Scen
     node.stop(PATIENCE).await.unwrap();
     // The checkpoint was saved, and nothing is read again.
     let node = scene.node().await;
-    let never = Filter::variants::<Thing>(&["never"]).unwrap();
+    let never = Filter::variants::<Thing>(["never"]);
     let handle = scene.start(&node, scene.writes("never").filter(never), scene.options()).await;
     let mut status = handle.watch();
     let begun = status.wait_for(|status| status.epoch > 0).await.unwrap().clone();

@@ -7,8 +7,8 @@ use sqlx::postgres::{PgConnection, PgPool, PgPoolOptions};
 use sqlx::sqlite::SqliteConnection;
 use storied::projection::{ApplyError, AtLeastOnce, Delivery, ReadModel, SqliteReadModel};
 use storied::{
-    EncodeError, EventStore, Filter, MemoryStore, Position, PostgresReadModel, PostgresStore, Projection,
-    RecordedEvent, SqliteStore,
+    EventStore, Filter, MemoryStore, Position, PostgresReadModel, PostgresStore, Projection, RecordedEvent,
+    SqliteStore,
 };
 use tempfile::TempDir;
 
@@ -210,8 +210,8 @@ impl<P: Place> Projection for Writes<P> {
         &self.name
     }
 
-    fn filter(&self) -> Result<Filter, EncodeError> {
-        Ok(self.filter.clone())
+    fn filter(&self) -> Filter {
+        self.filter.clone()
     }
 
     async fn apply(&mut self, event: &RecordedEvent, tx: &mut P::Tx) -> Result<(), ApplyError> {
