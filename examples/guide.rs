@@ -126,20 +126,23 @@ pub async fn commands(directory: &Path) -> Result<(), Failure> {
 pub struct Sales;
 
 impl Projection for Sales {
+    const NAME: &'static str = "sales";
+    type Event = ShowEvent;
     type Transaction = SqliteConnection;
-
-    fn name(&self) -> &str {
-        "sales"
-    }
 
     fn filter(&self) -> Filter {
         Filter::variants::<ShowEvent>(["sold"])
     }
 
-    async fn apply(&mut self, event: &RecordedEvent, tx: &mut SqliteConnection) -> Result<(), ApplyError> {
-        if let ShowEvent::Sold { buyer, seats } = event.decode()? {
+    async fn apply(
+        &mut self,
+        event: ShowEvent,
+        recorded: &RecordedEvent,
+        tx: &mut SqliteConnection,
+    ) -> Result<(), ApplyError> {
+        if let ShowEvent::Sold { buyer, seats } = event {
             sqlx::query("INSERT INTO sales (show, buyer, seats) VALUES (?, ?, ?)")
-                .bind(event.stream.id().to_owned())
+                .bind(recorded.stream.id().to_owned())
                 .bind(buyer)
                 .bind(seats)
                 .execute(tx)
@@ -162,13 +165,13 @@ pub async fn projections(directory: &Path) -> Result<(), Failure> {
         .execute(&read)
         .await?;
 
-    let announced = Filter::variants::<ShowEvent>(["announced"]);
-    let titles = InMemoryIndex::new("titles", announced, |titles: &mut Vec<String>, event| {
-        if let ShowEvent::Announced { title, .. } = event.decode()? {
+    let titles = InMemoryIndex::new("titles", |titles: &mut Vec<String>, event: ShowEvent, _| {
+        if let ShowEvent::Announced { title, .. } = event {
             titles.push(title);
         }
         Ok(())
-    });
+    })
+    .filter(Filter::variants::<ShowEvent>(["announced"]));
 
     let runtime = Runtime::builder()
         .store(SqliteStore::open(directory.join("shows.db")).await?)
@@ -203,20 +206,23 @@ pub async fn projections(directory: &Path) -> Result<(), Failure> {
 pub struct SharedSales;
 
 impl Projection for SharedSales {
+    const NAME: &'static str = "sales";
+    type Event = ShowEvent;
     type Transaction = PgConnection;
-
-    fn name(&self) -> &str {
-        "sales"
-    }
 
     fn filter(&self) -> Filter {
         Filter::variants::<ShowEvent>(["sold"])
     }
 
-    async fn apply(&mut self, event: &RecordedEvent, tx: &mut PgConnection) -> Result<(), ApplyError> {
-        if let ShowEvent::Sold { buyer, seats } = event.decode()? {
+    async fn apply(
+        &mut self,
+        event: ShowEvent,
+        recorded: &RecordedEvent,
+        tx: &mut PgConnection,
+    ) -> Result<(), ApplyError> {
+        if let ShowEvent::Sold { buyer, seats } = event {
             sqlx::query("INSERT INTO sales (show, buyer, seats) VALUES ($1, $2, $3)")
-                .bind(event.stream.id().to_owned())
+                .bind(recorded.stream.id().to_owned())
                 .bind(buyer)
                 .bind(i64::from(seats))
                 .execute(tx)

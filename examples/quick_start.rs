@@ -7,7 +7,7 @@ use std::io::{Write, stdout};
 use serde::{Deserialize, Serialize};
 use sqlx::{SqliteConnection, SqlitePool};
 use storied::projection::{ApplyError, Projection, SqliteReadModel};
-use storied::{Aggregate, Context, Decided, Event, Filter, RecordedEvent, Runtime, SqliteStore};
+use storied::{Aggregate, Context, Decided, Event, RecordedEvent, Runtime, SqliteStore};
 
 #[derive(Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -29,11 +29,9 @@ impl Aggregate for Order {                                 // plain code: only d
 
 struct Revenue;                                            // a read model in SQL, exactly once
 impl Projection for Revenue {
-    type Transaction = SqliteConnection;
-    fn name(&self) -> &str { "revenue" }
-    fn filter(&self) -> Filter { Filter::of::<OrderEvent>() }
-    async fn apply(&mut self, event: &RecordedEvent, tx: &mut SqliteConnection) -> Result<(), ApplyError> {
-        let OrderEvent::Placed { pence } = event.decode()?;
+    const NAME: &'static str = "revenue"; type Event = OrderEvent; type Transaction = SqliteConnection;
+    async fn apply(&mut self, event: OrderEvent, _: &RecordedEvent, tx: &mut SqliteConnection) -> Result<(), ApplyError> {
+        let OrderEvent::Placed { pence } = event;
         sqlx::query("INSERT INTO revenue VALUES (?)").bind(pence).execute(tx).await?;
         Ok(())
     }

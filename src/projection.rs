@@ -1,6 +1,6 @@
 //! Projections: fold the log into a read model and keep a checkpoint.
 //!
-//! A [`Projection`] is user code: a name, a filter, and the handling of an event. A [`ReadModel`]
+//! A [`Projection`] is user code: a name, its events, and the handling of an event. A [`ReadModel`]
 //! is the storage that holds the projection's data and its checkpoint together:
 //!
 //! | read model | transaction | guarantee |
@@ -11,7 +11,7 @@
 //! | [`AtLeastOnce`] | [`Delivery`] | at least once; position and epoch are the idempotency key |
 //!
 //! If nodes share a read model, one node at a time owns it. If the projection is
-//! [partitioned](crate::runtime::Builder::partitioned), each node owns a share of the partitions.
+//! [partitioned](ProjectionOptions::partitions), each node owns a share of the partitions.
 //! Owners hold leases, which show the other nodes when to take over. Stale owners are fenced: the
 //! checkpoint moves only from the position that its owner last wrote, in the owner's epoch (I7).
 
@@ -56,6 +56,7 @@ use std::time::Duration;
 pub use self::at_least_once::{AtLeastOnce, Delivery};
 pub use self::control::ControlError;
 pub use self::error::{ApplyError, TargetUnavailable, WaitError};
+pub use self::factory::{IntoProjection, PerTarget};
 pub(crate) use self::factory::{ProjectionFactory, spawn};
 pub use self::handle::ProjectionHandle;
 pub use self::in_memory_index::InMemoryIndex;
@@ -75,7 +76,7 @@ pub(crate) use self::start_position::record_start;
 pub(crate) use self::state_claim::{SharedState, StateClaim};
 pub use self::status::{PartitionStatus, ProjectionState, ProjectionStatus, RebuildStatus};
 pub(crate) use self::worker::NodeServices;
-use crate::event::{Position, RecordedEvent};
+use crate::event::{EventSet, Position, RecordedEvent};
 use crate::outage;
 use crate::partition::Partition;
 pub use crate::store::Request;
@@ -99,33 +100,53 @@ use crate::store::{
 /// down), and a [`TargetUnavailable`], directly or as the [source](Error::source) of a user's
 /// error.
 pub trait Projection: Send + 'static {
-    /// Handle that `apply` writes through; see the table of the [module](self).
-    type Transaction: Send;
-
-    /// Returns the name of the checkpoint.
+    /// Name of the checkpoint.
     ///
     /// The name is unique in the store and must stay the same while the program evolves. A new name
     /// starts over. Limit: 1 to 200 bytes, no control characters, no leading or trailing spaces;
     /// otherwise the runtime does not start.
-    fn name(&self) -> &str;
+    const NAME: &'static str;
+
+    /// The events to apply, decoded: an [`Event`](crate::Event), or an [`EventSet`] over several.
+    ///
+    /// [`AnyEvent`](crate::AnyEvent) contains every event and decodes none.
+    type Event: EventSet;
+
+    /// Handle that `apply` writes through; see the table of the [module](self).
+    type Transaction: Send;
+
+    /// Returns the name of this instance. Default: [`NAME`](Self::NAME).
+    ///
+    /// Override it only if instances of the type have names of their own.
+    fn name(&self) -> &str {
+        Self::NAME
+    }
 
     /// Returns the filter of the events to apply. Called once, at registration.
     ///
+    /// Default: all events of [`Event`](Self::Event). A usual override is
+    /// `Filter::variants::<OrderEvent>(["placed"])`, so that the projection reads no other events.
+    /// The filter only narrows `Event`: if it is [invalid](Filter::check) or names other events, the
+    /// runtime does not start.
+    ///
     /// A later version of the program may return another filter. It then applies to the events after
     /// the checkpoint: reset or rebuild a projection that needs earlier ones.
-    ///
-    /// Usual values are `Filter::of::<OrderEvent>()` and
-    /// `Filter::variants::<OrderEvent>(["placed"])`. If the filter is [invalid](Filter::check), the
-    /// runtime does not start.
-    fn filter(&self) -> Filter;
+    fn filter(&self) -> Filter {
+        Filter::of::<Self::Event>()
+    }
 
-    /// Applies one event.
+    /// Applies one event: `event` is decoded, `recorded` has its stream, position, time and metadata.
+    ///
+    /// An event that does not decode is not applied. It fails at once, without retries:
+    /// [`on_failure`](ProjectionOptions::on_failure) and
+    /// [`unknown_names`](ProjectionOptions::unknown_names) decide.
     ///
     /// If the node loses the read model to another node or stops, the future is dropped, and the
     /// writes are rolled back if the read model can roll back.
     fn apply(
         &mut self,
-        event: &RecordedEvent,
+        event: Self::Event,
+        recorded: &RecordedEvent,
         tx: &mut Self::Transaction,
     ) -> impl Future<Output = Result<(), ApplyError>> + Send;
 

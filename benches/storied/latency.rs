@@ -6,7 +6,7 @@ use futures_util::StreamExt;
 use storied::bus::Received;
 use storied::projection::{ApplyError, InMemory, Projection};
 use storied::store::{Append, ExpectedVersion};
-use storied::{Filter, Metadata, NewEvent, RecordedEvent, StreamId, Version};
+use storied::{Metadata, NewEvent, RecordedEvent, StreamId, Version};
 use tokio::sync::mpsc;
 use tokio::time::{Interval, MissedTickBehavior, interval};
 use uuid::Uuid;
@@ -129,19 +129,18 @@ const NOTE: &str = "rates are of the mean latency; the ratio is the limit's to o
 struct Seen(mpsc::UnboundedSender<Uuid>);
 
 impl Projection for Seen {
+    const NAME: &'static str = "seen";
+    type Event = AccountEvent;
     type Transaction = ();
 
-    fn name(&self) -> &str {
-        "seen"
-    }
-
-    fn filter(&self) -> Filter {
-        Filter::of::<AccountEvent>()
-    }
-
-    async fn apply(&mut self, event: &RecordedEvent, (): &mut ()) -> Result<(), ApplyError> {
-        let AccountEvent::Entered { .. } = event.decode()?;
-        self.0.send(event.id).map_err(|_| "no receiver waits".into())
+    async fn apply(
+        &mut self,
+        event: AccountEvent,
+        recorded: &RecordedEvent,
+        (): &mut (),
+    ) -> Result<(), ApplyError> {
+        let AccountEvent::Entered { .. } = event;
+        self.0.send(recorded.id).map_err(|_| "no receiver waits".into())
     }
 
     async fn reset(&mut self, (): &mut ()) -> Result<(), ApplyError> {

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use sqlx::{PgConnection, PgPool};
 use storied::projection::{ApplyError, FollowMode, PostgresReadModel, Projection};
-use storied::{Filter, ProjectionOptions, PublisherState, RecordedEvent, Runtime};
+use storied::{ProjectionOptions, PublisherState, RecordedEvent, Runtime};
 use tokio::sync::mpsc;
 use uuid::Uuid;
 
@@ -123,19 +123,18 @@ impl Scene {
 struct Seen(mpsc::UnboundedSender<Uuid>);
 
 impl Projection for Seen {
+    const NAME: &'static str = "seen";
+    type Event = AccountEvent;
     type Transaction = PgConnection;
 
-    fn name(&self) -> &str {
-        "seen"
-    }
-
-    fn filter(&self) -> Filter {
-        Filter::of::<AccountEvent>()
-    }
-
-    async fn apply(&mut self, event: &RecordedEvent, _: &mut PgConnection) -> Result<(), ApplyError> {
-        let AccountEvent::Entered { .. } = event.decode()?;
-        self.0.send(event.id).map_err(|_| "the receiver is closed".into())
+    async fn apply(
+        &mut self,
+        event: AccountEvent,
+        recorded: &RecordedEvent,
+        _: &mut PgConnection,
+    ) -> Result<(), ApplyError> {
+        let AccountEvent::Entered { .. } = event;
+        self.0.send(recorded.id).map_err(|_| "the receiver is closed".into())
     }
 
     async fn reset(&mut self, _: &mut PgConnection) -> Result<(), ApplyError> {

@@ -2,7 +2,7 @@ use std::time::{Duration, Instant};
 
 use storied::projection::{ApplyError, InMemory, Projection};
 use storied::store::{Append, ExpectedVersion};
-use storied::{Filter, Metadata, NewEvent, Position, ReadLog, RecordedEvent, StreamId, Version};
+use storied::{Metadata, NewEvent, Position, ReadLog, RecordedEvent, StreamId, Version};
 
 use crate::args::{Plan, StoreKind};
 use crate::domain::{Account, AccountCommand, AccountEvent, text};
@@ -95,18 +95,12 @@ pub async fn catchup(plan: &Plan) -> Comparison {
 pub struct Bytes(pub usize);
 
 impl Projection for Bytes {
+    const NAME: &'static str = "bytes";
+    type Event = AccountEvent;
     type Transaction = ();
 
-    fn name(&self) -> &str {
-        "bytes"
-    }
-
-    fn filter(&self) -> Filter {
-        Filter::of::<AccountEvent>()
-    }
-
-    async fn apply(&mut self, event: &RecordedEvent, (): &mut ()) -> Result<(), ApplyError> {
-        let AccountEvent::Entered { text } = event.decode()?;
+    async fn apply(&mut self, event: AccountEvent, _: &RecordedEvent, (): &mut ()) -> Result<(), ApplyError> {
+        let AccountEvent::Entered { text } = event;
         self.0 += text.len();
         Ok(())
     }

@@ -6,7 +6,7 @@ mod sqlite;
 use std::collections::BTreeMap;
 
 use rust_decimal::Decimal;
-use storied::projection::ApplyError;
+use storied::projection::{ApplyError, PerTarget};
 use storied::runtime::Builder;
 use storied::{PostgresReadModel, ProjectionOptions, SqliteReadModel};
 
@@ -41,8 +41,16 @@ impl ReadModels {
                 .projection_with(sqlite::RevenueByCountry, model.clone(), options.clone())
                 .projection_with(sqlite::UnitsByStockCode, model.clone(), options.clone()),
             Self::Postgres(model) => builder
-                .partitioned_with(PARTITIONS, postgres::RevenueByCountry, model.clone(), options.clone())
-                .partitioned_with(PARTITIONS, postgres::UnitsByStockCode, model.clone(), options.clone()),
+                .projection_with(
+                    PerTarget::new(postgres::RevenueByCountry),
+                    model.clone(),
+                    options.clone().partitions(PARTITIONS),
+                )
+                .projection_with(
+                    PerTarget::new(postgres::UnitsByStockCode),
+                    model.clone(),
+                    options.clone().partitions(PARTITIONS),
+                ),
         }
     }
 

@@ -1,5 +1,6 @@
 //! Start of a projection: one task, or one for each partition and each version to build.
 
+use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -13,35 +14,120 @@ use super::task_handles::{Grouped, Working};
 use super::time_limit::TimeLimited;
 use super::worker::{NodeServices, PageCache, ProjectionWork, TaskSpec, VersionedProjection};
 use super::{BuildTarget, Projection, ProjectionOptions, ReadModel, StateClaim};
-use crate::partition::Partition;
+use crate::partition::{self, Partition};
 use crate::store::Filter;
 use crate::supervised::Supervised;
 
-/// The factory of a projection.
-pub(crate) enum ProjectionFactory<P> {
-    /// An instance that writes to a single version.
-    Single(P),
-    /// Creates an instance for each version of the read model.
-    Versioned(Maker<P>),
-    /// Creates an instance for each version and each of so many partitions.
-    Partitioned(u16, Maker<P>),
+/// A projection to register: an instance, or [`PerTarget`] for an instance per partition and version.
+///
+/// Implemented for every [`Projection`].
+pub trait IntoProjection {
+    /// The projection.
+    type Projection: Projection;
+
+    /// Returns the projection with all its instances.
+    #[doc(hidden)]
+    fn into_projection(self) -> ProjectionFactory<Self::Projection>;
 }
 
-pub(crate) type Maker<P> = Arc<dyn Fn(BuildTarget) -> P + Send + Sync>;
+impl<P: Projection> IntoProjection for P {
+    type Projection = P;
+
+    fn into_projection(self) -> ProjectionFactory<P> {
+        ProjectionFactory(Made::Single(self))
+    }
+}
+
+/// A projection with an instance for each [`BuildTarget`].
+///
+/// It can be [rebuilt](ProjectionHandle::rebuild) beside the live version, and
+/// [partitioned](ProjectionOptions::partitions). The instances have tables of their own for each
+/// version of the read model; all have the same name and filter.
+///
+/// Some read models cannot cut over in a transaction: [`InMemory`](super::InMemory) and
+/// [`AtLeastOnce`](super::AtLeastOnce). On these, a rebuild is
+/// [refused](super::ControlError::NotRebuildable).
+///
+/// ```
+/// # use storied::projection::{ApplyError, BuildTarget, PerTarget, Projection, SqliteReadModel};
+/// # use storied::{AnyEvent, ProjectionOptions, RecordedEvent, Runtime};
+/// # struct Sales(BuildTarget);
+/// # impl Projection for Sales {
+/// #     const NAME: &'static str = "sales"; type Event = AnyEvent; type Transaction = sqlx::SqliteConnection;
+/// #     async fn apply(&mut self, _: AnyEvent, _: &RecordedEvent, _: &mut sqlx::SqliteConnection) -> Result<(), ApplyError> { Ok(()) }
+/// # }
+/// # fn register(read_model: SqliteReadModel) -> storied::runtime::Builder {
+/// let options = ProjectionOptions::new().partitions(8);
+/// Runtime::builder().projection_with(PerTarget::new(Sales), read_model, options)
+/// # }
+/// ```
+pub struct PerTarget<P>(Maker<P>);
+
+type Maker<P> = Arc<dyn Fn(BuildTarget) -> P + Send + Sync>;
+
+impl<P: Projection> PerTarget<P> {
+    /// Creates each instance with `make`.
+    pub fn new(make: impl Fn(BuildTarget) -> P + Send + Sync + 'static) -> Self {
+        Self(Arc::new(make))
+    }
+}
+
+impl<P> fmt::Debug for PerTarget<P> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("PerTarget").finish_non_exhaustive()
+    }
+}
+
+impl<P: Projection> IntoProjection for PerTarget<P> {
+    type Projection = P;
+
+    fn into_projection(self) -> ProjectionFactory<P> {
+        ProjectionFactory(Made::PerTarget(self.0))
+    }
+}
+
+/// The instances of a projection.
+pub struct ProjectionFactory<P>(Made<P>);
+
+enum Made<P> {
+    /// An instance that writes to a single version.
+    Single(P),
+    /// Creates an instance for each version, and each partition if there are several.
+    PerTarget(Maker<P>),
+}
+
+impl<P> fmt::Debug for ProjectionFactory<P> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ProjectionFactory").field("single", &self.is_single()).finish()
+    }
+}
+
+impl<P> ProjectionFactory<P> {
+    /// Returns whether there is only one instance.
+    pub(crate) fn is_single(&self) -> bool {
+        matches!(self.0, Made::Single(_))
+    }
+}
 
 impl<P: Projection> ProjectionFactory<P> {
     /// Calls `inspect` with a sample of the projection.
-    pub(crate) fn with_sample<T>(&self, inspect: impl FnOnce(&P) -> T) -> T {
-        match self {
-            Self::Single(projection) => inspect(projection),
-            Self::Versioned(make) => {
-                inspect(&make(BuildTarget { partition: Partition::whole(), version: 0 }))
-            }
-            Self::Partitioned(count, make) => {
-                let partition = Partition::all(*count).next().unwrap_or(Partition::whole());
+    pub(crate) fn with_sample<T>(&self, options: &ProjectionOptions, inspect: impl FnOnce(&P) -> T) -> T {
+        match &self.0 {
+            Made::Single(projection) => inspect(projection),
+            Made::PerTarget(make) => {
+                // start() reports a number out of range.
+                let count = options.partitions.unwrap_or(1).clamp(1, partition::MOST);
+                let partition = Partition::all(count).next().unwrap_or(Partition::whole());
                 inspect(&make(BuildTarget { partition, version: 0 }))
             }
         }
+    }
+
+    /// Returns the name and the filter of the projection.
+    pub(crate) fn describe(&self, options: &ProjectionOptions) -> (String, Filter) {
+        let describe =
+            |projection: &P| (projection.name().to_owned(), projection.filter().restricted_to::<P::Event>());
+        self.with_sample(options, describe)
     }
 }
 
@@ -63,7 +149,7 @@ where
     P: Projection,
     R: ReadModel<Transaction = P::Transaction>,
 {
-    let name = made.with_sample(|projection| projection.name().to_owned());
+    let name = made.with_sample(&options, |projection| projection.name().to_owned());
     let read_model = Arc::new(TimeLimited::new(read_model, name.clone(), options.transaction_timeout));
     let start = async |instance, part: TaskSpec, claim| {
         let services = services.clone();
@@ -79,27 +165,25 @@ where
         );
         Ok::<_, SpawnErr>(Working { actor: Supervised::spawn(work, supervisor).await?, status })
     };
-    let layout = match &made {
-        ProjectionFactory::Single(_) | ProjectionFactory::Versioned(_) => Layout::new(&name, 0),
-        ProjectionFactory::Partitioned(count, _) => Layout::new(&name, *count),
-    };
+    let partitions = options.partitions.filter(|_| !made.is_single());
+    let layout = Layout::new(&name, partitions.unwrap_or(0));
     let part = |role, partition| TaskSpec { layout: layout.clone(), role, partition, pages: None };
     // Other read models refuse a rebuild; in memory, an idle rebuild task would apply the log a
     // second time.
     let switches = read_model.shared() && read_model.rolls_back();
     let (mut parts, mut rebuilds, mut slots) = (Vec::new(), Vec::new(), Vec::new());
-    match made {
-        ProjectionFactory::Single(projection) => {
+    match (made.0, partitions) {
+        (Made::Single(projection), _) => {
             parts.push(start(VersionedProjection::fixed(projection), part(Role::Live, None), claim).await?);
         }
-        ProjectionFactory::Versioned(make) => {
+        (Made::PerTarget(make), None) => {
             let made = || instance(&make, Partition::whole());
             parts.push(start(made(), part(Role::Live, None), claim).await?);
             if switches {
                 rebuilds.push(start(made(), part(Role::Rebuild, None), None).await?);
             }
         }
-        ProjectionFactory::Partitioned(count, make) => {
+        (Made::PerTarget(make), Some(count)) => {
             let (live_pages, rebuild_pages) =
                 (PageCache::new(count, &options), PageCache::new(count, &options));
             for partition in Partition::all(count) {

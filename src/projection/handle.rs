@@ -290,7 +290,7 @@ impl ProjectionHandle {
     /// [`rebuilding`](Self::rebuilding) reports the progress.
     ///
     /// # Errors
-    /// If the projection was not registered as rebuildable or partitioned, or cannot create the new
+    /// If the projection was not registered [by target](super::PerTarget), or cannot create the new
     /// version's tables ([`Projection::reset`](super::Projection::reset)). Otherwise as
     /// [`pause`](Self::pause).
     pub async fn rebuild(&self) -> Result<(), ControlError> {

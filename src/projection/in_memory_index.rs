@@ -10,11 +10,11 @@ use tokio::sync::watch;
 use tokio::time::{Instant, timeout_at};
 
 use super::{ApplyError, InMemory, Projection, ProjectionHandle, SharedState, Snapshots, WaitError};
-use crate::event::RecordedEvent;
+use crate::event::{AnyEvent, EventSet, RecordedEvent};
 use crate::store::{Filter, SnapshotRevision};
 use crate::time::after;
 
-type Fold<T> = dyn Fn(&mut T, &RecordedEvent) -> Result<(), ApplyError> + Send + Sync;
+type Fold = dyn Fn(&RecordedEvent) -> Result<(), ApplyError> + Send + Sync;
 
 /// An in-memory index over events for fast queries on this node.
 ///
@@ -29,16 +29,16 @@ type Fold<T> = dyn Fn(&mut T, &RecordedEvent) -> Result<(), ApplyError> + Send +
 /// # use serde::{Deserialize, Serialize};
 /// # use std::collections::HashMap;
 /// # use std::time::Duration;
-/// # use storied::{Event, Filter, MemoryStore, Runtime};
+/// # use storied::{Event, MemoryStore, Runtime};
 /// # use storied::projection::InMemoryIndex;
 /// # #[derive(Serialize, Deserialize)]
 /// # #[serde(rename_all = "snake_case")]
 /// # enum Customer { Registered { email: String } }
 /// # impl Event for Customer { const CATEGORY: &'static str = "customer"; }
 /// # #[tokio::main] async fn main() -> Result<(), Box<dyn std::error::Error>> {
-/// let by_email = InMemoryIndex::new("by_email", Filter::of::<Customer>(), |index: &mut HashMap<_, _>, event| {
-///     let Customer::Registered { email } = event.decode()?;
-///     index.insert(email, event.stream.id().to_owned());
+/// let by_email = InMemoryIndex::new("by_email", |index: &mut HashMap<_, _>, event: Customer, recorded| {
+///     let Customer::Registered { email } = event;
+///     index.insert(email, recorded.stream.id().to_owned());
 ///     Ok(())
 /// });
 /// let runtime = Runtime::builder().store(MemoryStore::new()).in_memory_index(&by_email).start().await?;
@@ -49,13 +49,15 @@ type Fold<T> = dyn Fn(&mut T, &RecordedEvent) -> Result<(), ApplyError> + Send +
 /// ```
 pub struct InMemoryIndex<T> {
     inner: Arc<Inner<T>>,
+    filter: Filter,
+    /// Restricts a filter to the events that the fold decodes.
+    restrict: fn(Filter) -> Filter,
     snapshots: Option<Snapshots>,
 }
 
 struct Inner<T> {
     name: String,
-    filter: Filter,
-    fold: Box<Fold<T>>,
+    fold: Box<Fold>,
     /// Never locked across an await. Readers do not wait for each other.
     index: Arc<RwLock<T>>,
     /// Set once the index runs.
@@ -64,23 +66,48 @@ struct Inner<T> {
 
 impl<T> Clone for InMemoryIndex<T> {
     fn clone(&self) -> Self {
-        Self { inner: self.inner.clone(), snapshots: self.snapshots.clone() }
+        Self {
+            inner: self.inner.clone(),
+            filter: self.filter.clone(),
+            restrict: self.restrict,
+            snapshots: self.snapshots.clone(),
+        }
     }
 }
 
 impl<T: Default + Send + Sync + 'static> InMemoryIndex<T> {
     /// Creates an index.
     ///
-    /// `fold` receives the events of `filter` in log order. If it fails or panics, it should do so
-    /// before it changes anything, because it receives the event again.
-    pub fn new(
+    /// `fold` receives all events of `E` in log order, decoded and as recorded. `E` is an
+    /// [`Event`](crate::Event), an [`EventSet`] over several, or [`AnyEvent`]. If `fold` fails or
+    /// panics, it should do so before it changes anything, because it receives the event again.
+    pub fn new<E: EventSet>(
         name: impl Into<String>,
-        filter: Filter,
-        fold: impl Fn(&mut T, &RecordedEvent) -> Result<(), ApplyError> + Send + Sync + 'static,
+        fold: impl Fn(&mut T, E, &RecordedEvent) -> Result<(), ApplyError> + Send + Sync + 'static,
     ) -> Self {
-        let (index, handle) = (Arc::default(), watch::Sender::new(None));
-        let inner = Inner { name: name.into(), filter, fold: Box::new(fold), index, handle };
-        Self { inner: Arc::new(inner), snapshots: None }
+        let (index, handle) = (Arc::<RwLock<T>>::default(), watch::Sender::new(None));
+        let folded = index.clone();
+        let fold = move |recorded: &RecordedEvent| {
+            // Before the lock, so that readers do not wait for it.
+            let event = recorded.decode()?;
+            fold(&mut folded.write().unwrap_or_else(PoisonError::into_inner), event, recorded)
+        };
+        let inner = Inner { name: name.into(), fold: Box::new(fold), index, handle };
+        Self {
+            inner: Arc::new(inner),
+            filter: Filter::of::<E>(),
+            restrict: Filter::restricted_to::<E>,
+            snapshots: None,
+        }
+    }
+
+    /// Narrows the events that the index receives.
+    ///
+    /// Default: all events of its event type. If the filter is invalid or names other events, the
+    /// runtime does not start.
+    #[must_use]
+    pub fn filter(self, filter: Filter) -> Self {
+        Self { filter: (self.restrict)(filter), ..self }
     }
 
     /// Keeps a snapshot of the index every `events` events, for a faster start.
@@ -137,7 +164,7 @@ impl<T: Default + Send + Sync + 'static> InMemoryIndex<T> {
     }
 
     pub(crate) fn projection(&self) -> impl Projection<Transaction = ()> + use<T> {
-        Folding(self.inner.clone())
+        Folding { inner: self.inner.clone(), filter: self.filter.clone() }
     }
 }
 
@@ -147,26 +174,33 @@ impl<T> fmt::Debug for InMemoryIndex<T> {
     }
 }
 
-struct Folding<T>(Arc<Inner<T>>);
+struct Folding<T> {
+    inner: Arc<Inner<T>>,
+    filter: Filter,
+}
 
 impl<T: Default + Send + Sync + 'static> Projection for Folding<T> {
+    /// Each index has a name of its own.
+    const NAME: &'static str = "in-memory index";
+    /// The fold decodes the event.
+    type Event = AnyEvent;
     type Transaction = ();
 
     fn name(&self) -> &str {
-        &self.0.name
+        &self.inner.name
     }
 
     fn filter(&self) -> Filter {
-        self.0.filter.clone()
+        self.filter.clone()
     }
 
-    async fn apply(&mut self, event: &RecordedEvent, _: &mut ()) -> Result<(), ApplyError> {
-        (self.0.fold)(&mut self.0.index.write().unwrap_or_else(PoisonError::into_inner), event)
+    async fn apply(&mut self, _: AnyEvent, recorded: &RecordedEvent, (): &mut ()) -> Result<(), ApplyError> {
+        (self.inner.fold)(recorded)
     }
 
-    async fn reset(&mut self, _: &mut ()) -> Result<(), ApplyError> {
-        *self.0.index.write().unwrap_or_else(PoisonError::into_inner) = T::default();
-        self.0.index.clear_poison();
+    async fn reset(&mut self, (): &mut ()) -> Result<(), ApplyError> {
+        *self.inner.index.write().unwrap_or_else(PoisonError::into_inner) = T::default();
+        self.inner.index.clear_poison();
         Ok(())
     }
 }

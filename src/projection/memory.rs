@@ -71,11 +71,11 @@ impl InMemory {
     /// struct Revenue(Arc<RwLock<BTreeMap<String, i64>>>);
     ///
     /// impl Projection for Revenue {
+    ///     const NAME: &'static str = "revenue";
+    ///     type Event = Sale;
     ///     type Transaction = ();
-    ///     fn name(&self) -> &str { "revenue" }
-    ///     fn filter(&self) -> Filter { Filter::of::<Sale>() }
-    ///     async fn apply(&mut self, event: &RecordedEvent, _: &mut ()) -> Result<(), ApplyError> {
-    ///         let Sale::Made { country, pence } = event.decode()?;
+    ///     async fn apply(&mut self, event: Sale, _: &RecordedEvent, _: &mut ()) -> Result<(), ApplyError> {
+    ///         let Sale::Made { country, pence } = event;
     ///         *self.0.write().map_err(|_| "poisoned")?.entry(country).or_default() += pence;
     ///         Ok(())
     ///     }

@@ -19,10 +19,9 @@ use crate::command::{CommandBus, Dispatcher, Handler, HandlerOptions, Registry};
 use crate::feed::{Feed, FeedOptions};
 use crate::invalid_option::{DAY, within};
 use crate::lease::LeaseWatcher;
-use crate::partition;
 use crate::projection::{
-    self, BuildTarget, InMemoryIndex, NodeServices, Projection, ProjectionFactory, ProjectionHandle,
-    ProjectionOptions, ReadModel,
+    self, InMemoryIndex, IntoProjection, NodeServices, Projection, ProjectionHandle, ProjectionOptions,
+    ReadModel,
 };
 use crate::publisher::{Publisher, PublisherOptions};
 use crate::startup::{START_TIMEOUT, end_of_log};
@@ -87,114 +86,35 @@ impl Builder {
     /// Runs a projection over its read model, with the default options.
     pub fn projection<P, R>(self, projection: P, read_model: R) -> Self
     where
-        P: Projection,
-        R: ReadModel<Transaction = P::Transaction>,
+        P: IntoProjection,
+        R: ReadModel<Transaction = <P::Projection as Projection>::Transaction>,
     {
         self.projection_with(projection, read_model, ProjectionOptions::new())
     }
 
     /// Runs a projection over its read model.
-    pub fn projection_with<P, R>(self, projection: P, read_model: R, options: ProjectionOptions) -> Self
-    where
-        P: Projection,
-        R: ReadModel<Transaction = P::Transaction>,
-    {
-        self.project(ProjectionFactory::Single(projection), None, read_model, options)
-    }
-
-    /// Runs a projection that can be [rebuilt](ProjectionHandle::rebuild) next to the live version.
     ///
-    /// `make` creates the projection for each version of its read model, in tables of its own. Some
-    /// read models cannot cut over in a transaction: [`InMemory`](crate::projection::InMemory) and
-    /// [`AtLeastOnce`](crate::projection::AtLeastOnce). On these the projection runs as any other, and a
-    /// rebuild is [refused](crate::projection::ControlError::NotRebuildable).
-    pub fn rebuildable<P, R>(
-        self,
-        make: impl Fn(BuildTarget) -> P + Send + Sync + 'static,
-        read_model: R,
-        options: ProjectionOptions,
-    ) -> Self
+    /// A [`PerTarget`](crate::projection::PerTarget) can be
+    /// [rebuilt](ProjectionHandle::rebuild) and [partitioned](ProjectionOptions::partitions).
+    pub fn projection_with<P, R>(mut self, projection: P, read_model: R, options: ProjectionOptions) -> Self
     where
-        P: Projection,
-        R: ReadModel<Transaction = P::Transaction>,
+        P: IntoProjection,
+        R: ReadModel<Transaction = <P::Projection as Projection>::Transaction>,
     {
-        self.project(ProjectionFactory::Versioned(Arc::new(make)), None, read_model, options)
-    }
-
-    /// Runs a projection in `partitions` partitions, with the default options.
-    ///
-    /// All nodes that register it share the partitions evenly. A partition applies the events of
-    /// [its](crate::Partition) streams, in their order. `make` creates the projection for each
-    /// partition, and for each version of a [rebuild](ProjectionHandle::rebuild); all have the same
-    /// name and filter.
-    ///
-    /// Range: 1 to 256. The first start fixes the number. Nodes beyond the number of partitions
-    /// stay idle, so choose the largest number of nodes that you expect. Changing it needs a
-    /// [reset](ProjectionHandle::reset).
-    ///
-    /// The partitions of a node share the pages that they read. A node keeps at most 4 pages of
-    /// about 4 MiB each, and as many for a rebuild; it drops a page that no partition has used for
-    /// 5 s. At the start each partition acquires a lease and claims its checkpoint: some
-    /// milliseconds each on SQLite, which commits one after the other.
-    pub fn partitioned<P, R>(
-        self,
-        partitions: u16,
-        make: impl Fn(BuildTarget) -> P + Send + Sync + 'static,
-        read_model: R,
-    ) -> Self
-    where
-        P: Projection,
-        R: ReadModel<Transaction = P::Transaction>,
-    {
-        self.partitioned_with(partitions, make, read_model, ProjectionOptions::new())
-    }
-
-    /// As [`partitioned`](Self::partitioned), with options that apply to each partition.
-    pub fn partitioned_with<P, R>(
-        self,
-        partitions: u16,
-        make: impl Fn(BuildTarget) -> P + Send + Sync + 'static,
-        read_model: R,
-        options: ProjectionOptions,
-    ) -> Self
-    where
-        P: Projection,
-        R: ReadModel<Transaction = P::Transaction>,
-    {
-        // start() reports a number out of range; the clamp only bounds the work until then.
-        let count = partitions.clamp(1, partition::MOST);
-        self.project(
-            ProjectionFactory::Partitioned(count, Arc::new(make)),
-            Some(partitions),
-            read_model,
-            options,
-        )
+        let made = projection.into_projection();
+        self.projections.push(ProjectionRegistration::new(made, read_model, options));
+        self
     }
 
     /// Keeps an in-memory index of events on this node: see [`InMemoryIndex`].
     pub fn in_memory_index<T: Default + Send + Sync + 'static>(mut self, index: &InMemoryIndex<T>) -> Self {
         let (index, made, read_model) =
-            (index.clone(), ProjectionFactory::Single(index.projection()), index.read_model());
+            (index.clone(), index.projection().into_projection(), index.read_model());
         let state = Some(index.shared_state());
         let on_start = Box::new(move |handle: &ProjectionHandle| index.runs(handle));
         let options = ProjectionOptions::new();
-        let registration = ProjectionRegistration::over(state, made, None, read_model, options, on_start);
+        let registration = ProjectionRegistration::over(state, made, read_model, options, on_start);
         self.projections.push(registration);
-        self
-    }
-
-    fn project<P, R>(
-        mut self,
-        made: ProjectionFactory<P>,
-        partitions: Option<u16>,
-        read_model: R,
-        options: ProjectionOptions,
-    ) -> Self
-    where
-        P: Projection,
-        R: ReadModel<Transaction = P::Transaction>,
-    {
-        self.projections.push(ProjectionRegistration::new(made, partitions, read_model, options));
         self
     }
 

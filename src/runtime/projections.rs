@@ -53,8 +53,6 @@ struct Pending<P, R> {
     made: ProjectionFactory<P>,
     read_model: R,
     options: ProjectionOptions,
-    /// Number of partitions, if the projection is partitioned.
-    partitions: Option<u16>,
     /// In-memory state that may outlive the runtime.
     state: Option<SharedState>,
     claim: Option<StateClaim>,
@@ -62,25 +60,19 @@ struct Pending<P, R> {
 }
 
 impl ProjectionRegistration {
-    pub(super) fn new<P, R>(
-        made: ProjectionFactory<P>,
-        partitions: Option<u16>,
-        read_model: R,
-        options: ProjectionOptions,
-    ) -> Self
+    pub(super) fn new<P, R>(made: ProjectionFactory<P>, read_model: R, options: ProjectionOptions) -> Self
     where
         P: Projection,
         R: ReadModel<Transaction = P::Transaction>,
     {
         let state = read_model.snapshots().map(projection::Snapshots::shared_state);
-        Self::over(state, made, partitions, read_model, options, Box::new(|_| {}))
+        Self::over(state, made, read_model, options, Box::new(|_| {}))
     }
 
     /// Registers a projection over an in-memory state that may outlive the runtime.
     pub(super) fn over<P, R>(
         state: Option<SharedState>,
         made: ProjectionFactory<P>,
-        partitions: Option<u16>,
         read_model: R,
         options: ProjectionOptions,
         on_start: OnStart,
@@ -89,8 +81,8 @@ impl ProjectionRegistration {
         P: Projection,
         R: ReadModel<Transaction = P::Transaction>,
     {
-        let (name, filter) = made.with_sample(|one| (one.name().to_owned(), one.filter()));
-        let pending = Pending { made, read_model, options, partitions, state, claim: None, on_start };
+        let (name, filter) = made.describe(&options);
+        let pending = Pending { made, read_model, options, state, claim: None, on_start };
         Self { name, filter, pending: Box::new(pending) }
     }
 
@@ -131,13 +123,13 @@ where
         log_end: Position,
     ) -> BoxFuture<'a, Result<(), StartError>> {
         Box::pin(async move {
-            let Self { read_model, options, .. } = self;
+            let Self { made, read_model, options, .. } = self;
             options.validate()?;
             if options.follow == FollowMode::Durable && !bus.is_some_and(EventBus::is_durable) {
                 return Err(StartError::NotDurable { name: name.to_owned(), bus: bus.map(EventBus::name) });
             }
-            if let Some(partitions) = self.partitions {
-                check_partitions(name, partitions, read_model.shared())?;
+            if let Some(partitions) = options.partitions {
+                check_partitions(name, partitions, made.is_single(), read_model.shared())?;
             }
             if let Some(snapshots) = read_model.snapshots() {
                 at_least("InMemory::snapshot_every", snapshots.every(), 1)?;
@@ -174,12 +166,17 @@ where
     }
 }
 
-fn check_partitions(name: &str, partitions: u16, shared: bool) -> Result<(), StartError> {
-    let reason = match shared {
-        false => "every node has its own read model and needs all of it",
-        true if partitions == 0 => "at least 1 is required",
-        true if partitions > partition::MOST => "at most 256 are allowed",
-        true => return Ok(()),
+fn check_partitions(name: &str, partitions: u16, single: bool, shared: bool) -> Result<(), StartError> {
+    let reason = if !shared {
+        "every node has its own read model and needs all of it"
+    } else if partitions == 0 {
+        "at least 1 is required"
+    } else if partitions > partition::MOST {
+        "at most 256 are allowed"
+    } else if single {
+        "it has a single instance; register PerTarget::new(…), which creates an instance for each partition"
+    } else {
+        return Ok(());
     };
     Err(StartError::Partitions { name: name.to_owned(), partitions, reason })
 }

@@ -8,8 +8,7 @@ use crate::bus::EventBus;
 use crate::feed::{Feed, FeedOptions, FeedStatus};
 use crate::lease::LeaseWatcher;
 use crate::projection::{
-    BuildTarget, NodeServices, Projection, ProjectionFactory, ProjectionHandle, ProjectionOptions, ReadModel,
-    spawn,
+    IntoProjection, NodeServices, Projection, ProjectionHandle, ProjectionOptions, ReadModel, spawn,
 };
 use crate::publisher::{Publisher, PublisherOptions, PublisherState, PublisherStatus};
 use crate::store::EventStore;
@@ -68,7 +67,7 @@ impl Node {
     /// Starts a projection.
     ///
     /// # Panics
-    /// If its actor does not start.
+    /// If its filter is invalid, or its actors do not start.
     pub async fn projection<P, R>(
         &self,
         projection: P,
@@ -76,59 +75,11 @@ impl Node {
         options: ProjectionOptions,
     ) -> ProjectionHandle
     where
-        P: Projection,
-        R: ReadModel<Transaction = P::Transaction>,
+        P: IntoProjection,
+        R: ReadModel<Transaction = <P::Projection as Projection>::Transaction>,
     {
-        self.start_projection(ProjectionFactory::Single(projection), read_model, options).await
-    }
-
-    /// Starts a projection that can be rebuilt.
-    ///
-    /// # Panics
-    /// If its actors do not start.
-    pub async fn rebuildable<P, R>(
-        &self,
-        make: impl Fn(BuildTarget) -> P + Send + Sync + 'static,
-        read_model: R,
-        options: ProjectionOptions,
-    ) -> ProjectionHandle
-    where
-        P: Projection,
-        R: ReadModel<Transaction = P::Transaction>,
-    {
-        self.start_projection(ProjectionFactory::Versioned(Arc::new(make)), read_model, options).await
-    }
-
-    /// Starts a projection in `partitions` partitions.
-    ///
-    /// # Panics
-    /// If its actors do not start.
-    pub async fn partitioned<P, R>(
-        &self,
-        partitions: u16,
-        make: impl Fn(BuildTarget) -> P + Send + Sync + 'static,
-        read_model: R,
-        options: ProjectionOptions,
-    ) -> ProjectionHandle
-    where
-        P: Projection,
-        R: ReadModel<Transaction = P::Transaction>,
-    {
-        self.start_projection(ProjectionFactory::Partitioned(partitions, Arc::new(make)), read_model, options)
-            .await
-    }
-
-    async fn start_projection<P, R>(
-        &self,
-        made: ProjectionFactory<P>,
-        read_model: R,
-        options: ProjectionOptions,
-    ) -> ProjectionHandle
-    where
-        P: Projection,
-        R: ReadModel<Transaction = P::Transaction>,
-    {
-        let filter = made.with_sample(Projection::filter);
+        let made = projection.into_projection();
+        let (_, filter) = made.describe(&options);
         filter.check().expect("the filter is valid");
         let (store, feed, lease_watcher) =
             (self.store.clone(), self.feed.clone(), self.lease_watcher.clone());

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use sqlx::{SqliteConnection, SqlitePool};
 use storied::projection::{ApplyError, InMemory, Projection, ProjectionState, SqliteReadModel};
 use storied::{
-    Aggregate, Context, Decided, Decision, Event, EventStore, ExecuteError, ExpectedVersion, Filter,
+    Aggregate, AnyEvent, Context, Decided, Decision, Event, EventStore, ExecuteError, ExpectedVersion,
     MemoryStore, NotExecutedKind, Position, PublisherState, ReadLog, RecordedEvent, Runtime, SqliteStore,
 };
 use tempfile::TempDir;
@@ -58,19 +58,18 @@ impl Aggregate for Account {
 struct Ledger;
 
 impl Projection for Ledger {
+    const NAME: &'static str = "ledger";
+    type Event = AccountEvent;
     type Transaction = SqliteConnection;
 
-    fn name(&self) -> &str {
-        "ledger"
-    }
-
-    fn filter(&self) -> Filter {
-        Filter::of::<AccountEvent>()
-    }
-
-    async fn apply(&mut self, event: &RecordedEvent, tx: &mut SqliteConnection) -> Result<(), ApplyError> {
-        let AccountEvent::Deposited { amount } = event.decode()?;
-        let position = i64::try_from(event.position.get())?;
+    async fn apply(
+        &mut self,
+        event: AccountEvent,
+        recorded: &RecordedEvent,
+        tx: &mut SqliteConnection,
+    ) -> Result<(), ApplyError> {
+        let AccountEvent::Deposited { amount } = event;
+        let position = i64::try_from(recorded.position.get())?;
         sqlx::query("INSERT INTO ledger (position, amount) VALUES (?, ?)")
             .bind(position)
             .bind(amount)
@@ -83,17 +82,11 @@ impl Projection for Ledger {
 struct Count(tokio::sync::watch::Sender<u64>);
 
 impl Projection for Count {
+    const NAME: &'static str = "count";
+    type Event = AnyEvent;
     type Transaction = ();
 
-    fn name(&self) -> &str {
-        "count"
-    }
-
-    fn filter(&self) -> Filter {
-        Filter::all()
-    }
-
-    async fn apply(&mut self, _: &RecordedEvent, (): &mut ()) -> Result<(), ApplyError> {
+    async fn apply(&mut self, _: AnyEvent, _: &RecordedEvent, (): &mut ()) -> Result<(), ApplyError> {
         self.0.send_modify(|count| *count += 1);
         Ok(())
     }
@@ -129,8 +122,7 @@ fn a_node_without_its_tokio_runtime_reports_it() {
     let (first, second) = (executor(), executor());
     let index = storied::projection::InMemoryIndex::new(
         "count",
-        Filter::all(),
-        |count: &mut u64, _: &RecordedEvent| {
+        |count: &mut u64, _: AnyEvent, _: &RecordedEvent| {
             *count += 1;
             Ok(())
         },

@@ -20,10 +20,10 @@ use nix::unistd::{Pid, getppid};
 use serde::{Deserialize, Serialize};
 use sqlx::postgres::{PgConnection, PgPool, PgPoolOptions};
 use storied::bus::JetStreamOptions;
-use storied::projection::{ApplyError, BuildTarget};
+use storied::projection::{ApplyError, BuildTarget, PerTarget};
 use storied::store::Append;
 use storied::{
-    Codec, Event, EventStore, ExpectedVersion, Filter, Metadata, NatsOptions, NewEvent, Partition, Position,
+    Codec, Event, EventStore, ExpectedVersion, Metadata, NatsOptions, NewEvent, Partition, Position,
     PostgresReadModel, PostgresStore, Projection, ProjectionOptions, ReadLog, RecordedEvent, Runtime,
     StreamId,
 };
@@ -49,21 +49,20 @@ impl Event for Tick {
 struct Seen(BuildTarget);
 
 impl Projection for Seen {
+    const NAME: &'static str = "seen";
+    type Event = Tick;
     type Transaction = PgConnection;
 
-    fn name(&self) -> &str {
-        "seen"
-    }
-
-    fn filter(&self) -> Filter {
-        Filter::of::<Tick>()
-    }
-
-    async fn apply(&mut self, event: &RecordedEvent, tx: &mut PgConnection) -> Result<(), ApplyError> {
-        let Tick::Tock { n } = event.decode()?;
+    async fn apply(
+        &mut self,
+        event: Tick,
+        recorded: &RecordedEvent,
+        tx: &mut PgConnection,
+    ) -> Result<(), ApplyError> {
+        let Tick::Tock { n } = event;
         sqlx::query("INSERT INTO seen (partition, position, n) VALUES ($1, $2, $3)")
             .bind(i32::from(self.0.partition.index()))
-            .bind(event.position.get() as i64)
+            .bind(recorded.position.get() as i64)
             .bind(n as i64)
             .execute(tx)
             .await?;
@@ -84,11 +83,10 @@ async fn a_node_process() {
     let runtime = Runtime::builder()
         .store(PostgresStore::connect(&url).await.unwrap())
         .bus(nats.bus())
-        .partitioned_with(
-            PARTITIONS,
-            Seen,
+        .projection_with(
+            PerTarget::new(Seen),
             PostgresReadModel::new(pool),
-            ProjectionOptions::new().lease(LEASE).batch_size(50),
+            ProjectionOptions::new().lease(LEASE).batch_size(50).partitions(PARTITIONS),
         )
         .start()
         .await

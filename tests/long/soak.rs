@@ -22,11 +22,11 @@ use sqlx::postgres::{PgConnection, PgPoolOptions};
 use sqlx::{Connection, Executor};
 use storied::bus::JetStreamOptions;
 use storied::command::{CommandBus, HandleError, Handler, HandlerContext, NatsCommandOptions};
-use storied::projection::{ApplyError, FollowMode};
+use storied::projection::{ApplyError, FollowMode, PerTarget};
 use storied::{
-    Aggregate, AggregateOptions, Context, Decided, Decision, Event, EventStore, ExecuteError, Filter,
-    NatsOptions, NeverRejects, Position, PostgresReadModel, PostgresStore, Projection, ProjectionOptions,
-    ReadLog, RecordedEvent, Runtime,
+    Aggregate, AggregateOptions, Context, Decided, Decision, Event, EventStore, ExecuteError, NatsOptions,
+    NeverRejects, Position, PostgresReadModel, PostgresStore, Projection, ProjectionOptions, ReadLog,
+    RecordedEvent, Runtime,
 };
 use tokio::time::{Instant, sleep};
 use uuid::Uuid;
@@ -107,22 +107,21 @@ impl Handler for Both {
 struct Totals;
 
 impl Projection for Totals {
+    const NAME: &'static str = "totals";
+    type Event = MeterEvent;
     type Transaction = PgConnection;
 
-    fn name(&self) -> &str {
-        "totals"
-    }
-
-    fn filter(&self) -> Filter {
-        Filter::of::<MeterEvent>()
-    }
-
-    async fn apply(&mut self, event: &RecordedEvent, tx: &mut PgConnection) -> Result<(), ApplyError> {
-        let MeterEvent::Counted { units } = event.decode()?;
+    async fn apply(
+        &mut self,
+        event: MeterEvent,
+        recorded: &RecordedEvent,
+        tx: &mut PgConnection,
+    ) -> Result<(), ApplyError> {
+        let MeterEvent::Counted { units } = event;
         sqlx::query(
             "INSERT INTO totals AS t VALUES ($1, $2) ON CONFLICT (meter) DO UPDATE SET units = t.units + $2",
         )
-        .bind(event.stream.id())
+        .bind(recorded.stream.id())
         .bind(units as i64)
         .execute(tx)
         .await?;
@@ -134,18 +133,17 @@ impl Projection for Totals {
 struct Sum;
 
 impl Projection for Sum {
+    const NAME: &'static str = "sum";
+    type Event = MeterEvent;
     type Transaction = PgConnection;
 
-    fn name(&self) -> &str {
-        "sum"
-    }
-
-    fn filter(&self) -> Filter {
-        Filter::of::<MeterEvent>()
-    }
-
-    async fn apply(&mut self, event: &RecordedEvent, tx: &mut PgConnection) -> Result<(), ApplyError> {
-        let MeterEvent::Counted { units } = event.decode()?;
+    async fn apply(
+        &mut self,
+        event: MeterEvent,
+        _: &RecordedEvent,
+        tx: &mut PgConnection,
+    ) -> Result<(), ApplyError> {
+        let MeterEvent::Counted { units } = event;
         sqlx::query("UPDATE sum SET units = units + $1").bind(units as i64).execute(tx).await?;
         Ok(())
     }
@@ -166,7 +164,11 @@ async fn a_node_process() {
         .commands(CommandBus::nats(NatsCommandOptions::new(NatsOptions::core().url(&nats))))
         .aggregate_with(AggregateOptions::<Meter>::new().command_window(COMMAND_WINDOW))
         .handler(Both)
-        .partitioned_with(8, |_| Totals, PostgresReadModel::new(pool.clone()), options.clone())
+        .projection_with(
+            PerTarget::new(|_| Totals),
+            PostgresReadModel::new(pool.clone()),
+            options.clone().partitions(8),
+        )
         .projection_with(Sum, PostgresReadModel::new(pool), options.follow(FollowMode::Durable))
         .start()
         .await

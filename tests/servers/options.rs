@@ -8,9 +8,9 @@ use storied::command::{HandleError, HandlerContext, HandlerOptions};
 use storied::projection::{ApplyError, InMemory, InMemoryIndex, Schedule};
 use storied::runtime::{Builder, StartError};
 use storied::{
-    AggregateOptions, ExecuteError, FeedOptions, Filter, Handler, MemoryStore, NeverRejects, NotExecutedKind,
-    PostgresOptions, Projection, ProjectionOptions, PublisherOptions, RecordedEvent, Runtime,
-    SnapshotRevision, SqliteOptions, StoreError,
+    AggregateOptions, AnyEvent, ExecuteError, FeedOptions, Handler, MemoryStore, NeverRejects,
+    NotExecutedKind, PostgresOptions, Projection, ProjectionOptions, PublisherOptions, RecordedEvent,
+    Runtime, SnapshotRevision, SqliteOptions, StoreError,
 };
 use tokio::time::timeout;
 
@@ -36,17 +36,11 @@ impl Handler for Echo {
 struct Nothing;
 
 impl Projection for Nothing {
+    const NAME: &'static str = "nothing";
+    type Event = AnyEvent;
     type Transaction = ();
 
-    fn name(&self) -> &str {
-        "nothing"
-    }
-
-    fn filter(&self) -> Filter {
-        Filter::all()
-    }
-
-    async fn apply(&mut self, _: &RecordedEvent, _: &mut ()) -> Result<(), ApplyError> {
+    async fn apply(&mut self, _: AnyEvent, _: &RecordedEvent, _: &mut ()) -> Result<(), ApplyError> {
         Ok(())
     }
 
@@ -69,7 +63,7 @@ struct Options {
 
 impl Options {
     fn builder(self) -> Builder {
-        let index = InMemoryIndex::new("index", Filter::all(), |count: &mut u64, _| {
+        let index = InMemoryIndex::new("index", |count: &mut u64, _: AnyEvent, _| {
             *count += 1;
             Ok(())
         });

@@ -9,7 +9,7 @@ use opentelemetry_sdk::metrics::data::{AggregatedMetrics, Metric, MetricData};
 use opentelemetry_sdk::metrics::{InMemoryMetricExporter, PeriodicReader, SdkMeterProvider};
 use storied::bus::{JetStreamOptions, NatsOptions};
 use storied::projection::ApplyError;
-use storied::{Filter, Projection, PublisherOptions, RecordedEvent, Telemetry};
+use storied::{Projection, PublisherOptions, RecordedEvent, Telemetry};
 use tokio::sync::RwLock;
 use tokio::time::{Instant, sleep};
 
@@ -28,18 +28,16 @@ pub static TURN: RwLock<()> = RwLock::const_new(());
 pub struct Sums<T>(pub &'static str, pub std::marker::PhantomData<fn(T)>);
 
 impl<T: Send + 'static> Projection for Sums<T> {
+    const NAME: &'static str = "sums";
+    type Event = CounterEvent;
     type Transaction = T;
 
     fn name(&self) -> &str {
         self.0
     }
 
-    fn filter(&self) -> Filter {
-        Filter::all()
-    }
-
-    async fn apply(&mut self, event: &RecordedEvent, _: &mut T) -> Result<(), ApplyError> {
-        if event.decode::<CounterEvent>()? == (CounterEvent::Added { n: 13 }) {
+    async fn apply(&mut self, event: CounterEvent, _: &RecordedEvent, _: &mut T) -> Result<(), ApplyError> {
+        if event == (CounterEvent::Added { n: 13 }) {
             Err("13 is not for this projection".into())
         } else {
             Ok(())

@@ -9,8 +9,8 @@ use storied::projection::{
 };
 use storied::store::{Append, ExpectedVersion};
 use storied::{
-    Aggregate, Context, Decided, Event, EventStore, Filter, Metadata, NewEvent, PostgresOptions,
-    PostgresStore, RecordedEvent, Runtime, StreamId,
+    Aggregate, Context, Decided, Event, EventStore, Metadata, NewEvent, PostgresOptions, PostgresStore,
+    RecordedEvent, Runtime, StreamId,
 };
 
 use crate::common::*;
@@ -74,17 +74,11 @@ impl Aggregate for Account {
 struct Sums(Arc<Mutex<Totals>>);
 
 impl Projection for Sums {
+    const NAME: &'static str = "sums";
+    type Event = AccountEvent;
     type Transaction = ();
 
-    fn name(&self) -> &str {
-        "sums"
-    }
-
-    fn filter(&self) -> Filter {
-        Filter::of::<AccountEvent>()
-    }
-
-    async fn apply(&mut self, event: &RecordedEvent, (): &mut ()) -> Result<(), ApplyError> {
+    async fn apply(&mut self, event: AccountEvent, _: &RecordedEvent, (): &mut ()) -> Result<(), ApplyError> {
         add(&self.0, event)
     }
 
@@ -98,23 +92,22 @@ impl Projection for Sums {
 struct KeptSums(Arc<Mutex<Totals>>);
 
 impl Projection for KeptSums {
+    const NAME: &'static str = "sums";
+    type Event = AccountEvent;
     type Transaction = Delivery;
 
-    fn name(&self) -> &str {
-        "sums"
-    }
-
-    fn filter(&self) -> Filter {
-        Filter::of::<AccountEvent>()
-    }
-
-    async fn apply(&mut self, event: &RecordedEvent, _: &mut Delivery) -> Result<(), ApplyError> {
+    async fn apply(
+        &mut self,
+        event: AccountEvent,
+        _: &RecordedEvent,
+        _: &mut Delivery,
+    ) -> Result<(), ApplyError> {
         add(&self.0, event)
     }
 }
 
-fn add(totals: &Mutex<Totals>, event: &RecordedEvent) -> Result<(), ApplyError> {
-    if let AccountEvent::Deposited(money) = event.decode()? {
+fn add(totals: &Mutex<Totals>, event: AccountEvent) -> Result<(), ApplyError> {
+    if let AccountEvent::Deposited(money) = event {
         totals.lock().unwrap().add(&money.account, money.amount, &money.reference);
     }
     Ok(())

@@ -33,19 +33,17 @@ pub(crate) async fn create_tables(pool: &PgPool) -> Result<(), sqlx::Error> {
 pub(crate) struct RevenueByCountry(pub(crate) BuildTarget);
 
 impl Projection for RevenueByCountry {
+    const NAME: &'static str = REVENUE;
+    type Event = InvoiceEvent;
     type Transaction = PgConnection;
 
-    fn name(&self) -> &str {
-        REVENUE
-    }
-
-    fn filter(&self) -> Filter {
-        Filter::of::<InvoiceEvent>()
-    }
-
-    async fn apply(&mut self, event: &RecordedEvent, tx: &mut PgConnection) -> Result<(), ApplyError> {
-        let number = event.stream.id();
-        let invoice: InvoiceEvent = event.decode()?;
+    async fn apply(
+        &mut self,
+        invoice: InvoiceEvent,
+        recorded: &RecordedEvent,
+        tx: &mut PgConnection,
+    ) -> Result<(), ApplyError> {
+        let number = recorded.stream.id();
         if let Some(header) = invoice.header() {
             sqlx::query("INSERT INTO retail.invoices (number, credit_note, country) VALUES ($1, $2, $3)")
                 .bind(number)
@@ -85,18 +83,20 @@ impl Projection for RevenueByCountry {
 pub(crate) struct UnitsByStockCode(pub(crate) BuildTarget);
 
 impl Projection for UnitsByStockCode {
+    const NAME: &'static str = UNITS;
+    type Event = InvoiceEvent;
     type Transaction = PgConnection;
-
-    fn name(&self) -> &str {
-        UNITS
-    }
 
     fn filter(&self) -> Filter {
         Filter::variants::<InvoiceEvent>(InvoiceEvent::LINES)
     }
 
-    async fn apply(&mut self, event: &RecordedEvent, tx: &mut PgConnection) -> Result<(), ApplyError> {
-        let invoice: InvoiceEvent = event.decode()?;
+    async fn apply(
+        &mut self,
+        invoice: InvoiceEvent,
+        _: &RecordedEvent,
+        tx: &mut PgConnection,
+    ) -> Result<(), ApplyError> {
         if let Some(line) = invoice.line() {
             sqlx::query(
                 "INSERT INTO retail.units_by_stock_code AS u VALUES ($1, $2, $3)

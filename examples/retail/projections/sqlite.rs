@@ -36,19 +36,17 @@ pub(crate) async fn create_tables(pool: &SqlitePool) -> Result<(), sqlx::Error> 
 pub(crate) struct RevenueByCountry;
 
 impl Projection for RevenueByCountry {
+    const NAME: &'static str = REVENUE;
+    type Event = InvoiceEvent;
     type Transaction = SqliteConnection;
 
-    fn name(&self) -> &str {
-        REVENUE
-    }
-
-    fn filter(&self) -> Filter {
-        Filter::of::<InvoiceEvent>()
-    }
-
-    async fn apply(&mut self, event: &RecordedEvent, tx: &mut SqliteConnection) -> Result<(), ApplyError> {
-        let number = event.stream.id();
-        let invoice: InvoiceEvent = event.decode()?;
+    async fn apply(
+        &mut self,
+        invoice: InvoiceEvent,
+        recorded: &RecordedEvent,
+        tx: &mut SqliteConnection,
+    ) -> Result<(), ApplyError> {
+        let number = recorded.stream.id();
         if let Some(header) = invoice.header() {
             sqlx::query("INSERT INTO invoices (number, credit_note, country) VALUES (?, ?, ?)")
                 .bind(number)
@@ -84,18 +82,20 @@ impl Projection for RevenueByCountry {
 pub(crate) struct UnitsByStockCode;
 
 impl Projection for UnitsByStockCode {
+    const NAME: &'static str = UNITS;
+    type Event = InvoiceEvent;
     type Transaction = SqliteConnection;
-
-    fn name(&self) -> &str {
-        UNITS
-    }
 
     fn filter(&self) -> Filter {
         Filter::variants::<InvoiceEvent>(InvoiceEvent::LINES)
     }
 
-    async fn apply(&mut self, event: &RecordedEvent, tx: &mut SqliteConnection) -> Result<(), ApplyError> {
-        let invoice: InvoiceEvent = event.decode()?;
+    async fn apply(
+        &mut self,
+        invoice: InvoiceEvent,
+        _: &RecordedEvent,
+        tx: &mut SqliteConnection,
+    ) -> Result<(), ApplyError> {
         if let Some(line) = invoice.line() {
             sqlx::query(
                 "INSERT INTO units_by_stock_code VALUES (?, ?)

@@ -38,8 +38,8 @@ pub(in crate::projection) struct VersionedProjection<P> {
     pub(super) projection: P,
     /// The version.
     pub(super) version: u64,
-    /// Creates an instance for another version, if
-    /// [rebuildable](crate::runtime::Builder::rebuildable).
+    /// Creates an instance for another version, if registered [by
+    /// target](crate::projection::PerTarget).
     pub(super) make: Option<Box<dyn Fn(u64) -> P + Send + Sync>>,
 }
 

@@ -12,13 +12,13 @@ use crate::panic::panic_text;
 use crate::projection::{ApplyError, ControlError, Projection, TargetUnavailable, WaitError};
 use crate::transient::causes;
 
-/// Applies one event; a panic becomes an error.
+/// Decodes and applies one event; a panic becomes an error.
 pub(super) async fn apply<P: Projection>(
     projection: &mut P,
     event: &RecordedEvent,
     transaction: &mut P::Transaction,
 ) -> Result<(), ApplyError> {
-    catch_panic(async { projection.apply(event, transaction).await }).await
+    catch_panic(async { projection.apply(event.decode()?, event, transaction).await }).await
 }
 
 pub(super) async fn catch_panic(

@@ -43,7 +43,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
                 return Err(StoreError::Incompatible {
                     expected: format!("the read model of projection {} in version 0", context.name),
                     found: format!("version {version}, made by a rebuild"),
-                    advice: "register the projection as rebuildable, so that it writes to the live version"
+                    advice: "register the projection with PerTarget::new(…), so that it writes to the live version"
                         .into(),
                 });
             };
@@ -93,9 +93,10 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
         if !self.read_model.rolls_back() || !self.read_model.shared() {
             return Err(not("its read model cannot be cut over in a transaction; reset it instead"));
         }
-        self.instance.make.as_deref().ok_or_else(|| {
-            not("it was registered with a single version; register it with Builder::rebuildable")
-        })
+        self.instance
+            .make
+            .as_deref()
+            .ok_or_else(|| not("it was registered as a single instance; register it with PerTarget::new(…)"))
     }
 
     /// Begins a rebuild; returns whether the request still existed.

@@ -20,18 +20,16 @@ use crate::support::{self, NatsServer};
 struct Torn(Arc<Mutex<Vec<Position>>>);
 
 impl Projection for Torn {
+    const NAME: &'static str = "torn";
+    type Event = Note;
     type Transaction = Delivery;
-
-    fn name(&self) -> &str {
-        "torn"
-    }
 
     fn filter(&self) -> Filter {
         Filter::variants::<Note>(["torn"])
     }
 
-    async fn apply(&mut self, event: &RecordedEvent, _: &mut Delivery) -> Result<(), ApplyError> {
-        self.0.lock().unwrap().push(event.position);
+    async fn apply(&mut self, _: Note, recorded: &RecordedEvent, _: &mut Delivery) -> Result<(), ApplyError> {
+        self.0.lock().unwrap().push(recorded.position);
         Ok(())
     }
 }

@@ -12,8 +12,8 @@ use storied::projection::{ApplyError, InMemory};
 use storied::store::{Append, ExpectedVersion};
 use storied::testing::Node;
 use storied::{
-    Event, EventBus, EventStore, FeedOptions, Filter, MemoryStore, Metadata, NewEvent, Position, Projection,
-    ProjectionOptions, PublisherOptions, ReadLog, RecordedEvent, StreamId,
+    AnyEvent, Event, EventBus, EventStore, FeedOptions, MemoryStore, Metadata, NewEvent, Position,
+    Projection, ProjectionOptions, PublisherOptions, ReadLog, RecordedEvent, StreamId,
 };
 use tokio::time::{Instant, timeout};
 
@@ -158,17 +158,11 @@ pub struct Recording {
 struct Recorder(Arc<Mutex<Vec<Position>>>);
 
 impl Projection for Recorder {
+    const NAME: &'static str = "recorder";
+    type Event = AnyEvent;
     type Transaction = ();
 
-    fn name(&self) -> &str {
-        "recorder"
-    }
-
-    fn filter(&self) -> Filter {
-        Filter::all()
-    }
-
-    async fn apply(&mut self, event: &RecordedEvent, (): &mut ()) -> Result<(), ApplyError> {
+    async fn apply(&mut self, _: AnyEvent, event: &RecordedEvent, (): &mut ()) -> Result<(), ApplyError> {
         self.0.lock().unwrap().push(event.position);
         Ok(())
     }

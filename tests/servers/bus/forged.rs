@@ -16,7 +16,7 @@ use storied::projection::{
 };
 use storied::testing::Node;
 use storied::{
-    BoxFuture, EventBus, EventStore, FeedOptions, Filter, Position, PostgresStore, Projection,
+    AnyEvent, BoxFuture, EventBus, EventStore, FeedOptions, Position, PostgresStore, Projection,
     ProjectionHandle, ProjectionOptions, PublisherState, RecordedEvent, SqliteStore,
 };
 use tokio::time::Instant;
@@ -30,17 +30,11 @@ type Rows = Vec<(Position, Bytes)>;
 struct Memory(Arc<Mutex<Rows>>);
 
 impl Projection for Memory {
+    const NAME: &'static str = "memory";
+    type Event = AnyEvent;
     type Transaction = ();
 
-    fn name(&self) -> &str {
-        "memory"
-    }
-
-    fn filter(&self) -> Filter {
-        Filter::all()
-    }
-
-    async fn apply(&mut self, event: &RecordedEvent, (): &mut ()) -> Result<(), ApplyError> {
+    async fn apply(&mut self, _: AnyEvent, event: &RecordedEvent, (): &mut ()) -> Result<(), ApplyError> {
         self.0.lock().unwrap().push((event.position, event.payload.clone()));
         Ok(())
     }
@@ -57,17 +51,20 @@ macro_rules! table {
         struct $name(&'static str);
 
         impl Projection for $name {
+            const NAME: &'static str = "table";
+            type Event = AnyEvent;
             type Transaction = $connection;
 
             fn name(&self) -> &str {
                 self.0
             }
 
-            fn filter(&self) -> Filter {
-                Filter::all()
-            }
-
-            async fn apply(&mut self, event: &RecordedEvent, tx: &mut $connection) -> Result<(), ApplyError> {
+            async fn apply(
+                &mut self,
+                _: AnyEvent,
+                event: &RecordedEvent,
+                tx: &mut $connection,
+            ) -> Result<(), ApplyError> {
                 let insert = sqlx::query($insert).bind(self.0).bind(event.position.get() as i64);
                 insert.bind(&event.payload[..]).execute(tx).await?;
                 Ok(())

@@ -9,7 +9,7 @@ use storied::bus::{
 };
 use storied::projection::{ApplyError, AtLeastOnce, Delivery, FollowMode};
 use storied::testing::Node;
-use storied::{EventBus, Filter, Position, Projection, ProjectionOptions, RecordedEvent};
+use storied::{AnyEvent, EventBus, Filter, Position, Projection, ProjectionOptions, RecordedEvent};
 
 use crate::bus::fixtures::*;
 use crate::bus::raw::{Press, listen, take};
@@ -151,17 +151,15 @@ async fn durable_projections_work_with_their_rights() {
 struct Shipments(Filter);
 
 impl Projection for Shipments {
+    const NAME: &'static str = "shipments";
+    type Event = AnyEvent;
     type Transaction = Delivery;
-
-    fn name(&self) -> &str {
-        "shipments"
-    }
 
     fn filter(&self) -> Filter {
         self.0.clone()
     }
 
-    async fn apply(&mut self, _: &RecordedEvent, _: &mut Delivery) -> Result<(), ApplyError> {
+    async fn apply(&mut self, _: AnyEvent, _: &RecordedEvent, _: &mut Delivery) -> Result<(), ApplyError> {
         Ok(())
     }
 }

@@ -18,7 +18,7 @@ use storied::store::{
     Adoption, Checkpoint, CheckpointKey, ProgressWrite, PublisherCheckpoint, StoredProjection,
 };
 use storied::{
-    EventStore, Filter, Position, PostgresOptions, PostgresReadModel, PostgresStore, ProjectionOptions,
+    AnyEvent, EventStore, Position, PostgresOptions, PostgresReadModel, PostgresStore, ProjectionOptions,
     PublisherState, RecordedEvent, Runtime, SqliteStore, StoreError,
 };
 use tokio::time::{Instant, timeout};
@@ -66,7 +66,7 @@ async fn node(
 }
 
 fn positions() -> InMemoryIndex<Vec<u64>> {
-    InMemoryIndex::new("seen", Filter::all(), |seen: &mut Vec<u64>, event| {
+    InMemoryIndex::new("seen", |seen: &mut Vec<u64>, _: AnyEvent, event| {
         seen.push(event.position.get());
         Ok(())
     })
@@ -142,17 +142,16 @@ async fn a_copy_does_not_publish_for_its_original() {
 struct Orders;
 
 impl Projection for Orders {
+    const NAME: &'static str = "orders";
+    type Event = AnyEvent;
     type Transaction = PgConnection;
 
-    fn name(&self) -> &str {
-        "orders"
-    }
-
-    fn filter(&self) -> Filter {
-        Filter::all()
-    }
-
-    async fn apply(&mut self, _: &RecordedEvent, _: &mut PgConnection) -> Result<(), ApplyError> {
+    async fn apply(
+        &mut self,
+        _: AnyEvent,
+        _: &RecordedEvent,
+        _: &mut PgConnection,
+    ) -> Result<(), ApplyError> {
         Ok(())
     }
 }

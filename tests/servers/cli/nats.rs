@@ -11,7 +11,7 @@ use storied::bus::{ConsumerOptions, SubscribeOptions};
 use storied::projection::{ApplyError, FollowMode, SqliteReadModel};
 use storied::testing::Node;
 use storied::{
-    EventStore, FeedOptions, Filter, NatsBus, Projection, ProjectionOptions, PublisherOptions, RecordedEvent,
+    EventStore, FeedOptions, NatsBus, Projection, ProjectionOptions, PublisherOptions, RecordedEvent,
 };
 
 use crate::cli::program::*;
@@ -227,17 +227,16 @@ async fn a_log_stream_of_another_store_is_found() {
 struct Nothing;
 
 impl Projection for Nothing {
+    const NAME: &'static str = "nothing";
+    type Event = OrderEvent;
     type Transaction = SqliteConnection;
 
-    fn name(&self) -> &str {
-        "nothing"
-    }
-
-    fn filter(&self) -> Filter {
-        Filter::of::<OrderEvent>()
-    }
-
-    async fn apply(&mut self, _: &RecordedEvent, _: &mut SqliteConnection) -> Result<(), ApplyError> {
+    async fn apply(
+        &mut self,
+        _: OrderEvent,
+        _: &RecordedEvent,
+        _: &mut SqliteConnection,
+    ) -> Result<(), ApplyError> {
         Ok(())
     }
 }

@@ -9,12 +9,11 @@ use sqlx::postgres::{PgConnection, PgPool};
 use sqlx::sqlite::{SqliteConnection, SqlitePool};
 use sqlx::{AssertSqlSafe, Executor};
 use storied::projection::{
-    ApplyError, BuildTarget, FailurePolicy, PostgresReadModel, SqliteReadModel, TargetUnavailable,
+    ApplyError, BuildTarget, FailurePolicy, PerTarget, PostgresReadModel, SqliteReadModel, TargetUnavailable,
 };
 use storied::testing::Node;
 use storied::{
-    EventStore, FeedOptions, Filter, Projection, ProjectionHandle, ProjectionOptions, PublisherOptions,
-    RecordedEvent,
+    EventStore, FeedOptions, Projection, ProjectionHandle, ProjectionOptions, PublisherOptions, RecordedEvent,
 };
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::time::timeout;
@@ -42,26 +41,26 @@ struct Seen<T> {
 macro_rules! seen_in {
     ($connection:ty) => {
         impl Projection for Seen<$connection> {
+            const NAME: &'static str = "seen";
+            type Event = OrderEvent;
             type Transaction = $connection;
 
-            fn name(&self) -> &str {
-                "seen"
-            }
-
-            fn filter(&self) -> Filter {
-                Filter::of::<OrderEvent>()
-            }
-
-            async fn apply(&mut self, event: &RecordedEvent, tx: &mut $connection) -> Result<(), ApplyError> {
-                if self.version > 0 && event.position.get() > 3 && self.faults.slow.load(Ordering::SeqCst) {
+            async fn apply(
+                &mut self,
+                event: OrderEvent,
+                recorded: &RecordedEvent,
+                tx: &mut $connection,
+            ) -> Result<(), ApplyError> {
+                if self.version > 0 && recorded.position.get() > 3 && self.faults.slow.load(Ordering::SeqCst)
+                {
                     return Err(TargetUnavailable::new("not yet").into());
                 }
-                if let OrderEvent::Placed { pence: 13, .. } = event.decode()?
+                if let OrderEvent::Placed { pence: 13, .. } = event
                     && self.faults.thirteen.load(Ordering::SeqCst)
                 {
                     return Err("thirteen is\nan unlucky \x1b[31mnumber".into());
                 }
-                let sql = format!("INSERT INTO seen VALUES ({}, {})", self.version, event.position);
+                let sql = format!("INSERT INTO seen VALUES ({}, {})", self.version, recorded.position);
                 tx.execute(AssertSqlSafe(sql)).await?;
                 Ok(())
             }
@@ -110,8 +109,15 @@ async fn start(
             pool.execute(TABLE).await.unwrap();
             let model = SqliteReadModel::new(pool);
             match partitions {
-                0 => node.rebuildable(make::<SqliteConnection>(faults), model, options).await,
-                _ => node.partitioned(partitions, make::<SqliteConnection>(faults), model, options).await,
+                0 => node.projection(PerTarget::new(make::<SqliteConnection>(faults)), model, options).await,
+                _ => {
+                    node.projection(
+                        PerTarget::new(make::<SqliteConnection>(faults)),
+                        model,
+                        options.partitions(partitions),
+                    )
+                    .await
+                }
             }
         }
         None => {
@@ -119,8 +125,15 @@ async fn start(
             pool.execute(TABLE).await.unwrap();
             let model = PostgresReadModel::new(pool);
             match partitions {
-                0 => node.rebuildable(make::<PgConnection>(faults), model, options).await,
-                _ => node.partitioned(partitions, make::<PgConnection>(faults), model, options).await,
+                0 => node.projection(PerTarget::new(make::<PgConnection>(faults)), model, options).await,
+                _ => {
+                    node.projection(
+                        PerTarget::new(make::<PgConnection>(faults)),
+                        model,
+                        options.partitions(partitions),
+                    )
+                    .await
+                }
             }
         }
     };

@@ -8,7 +8,7 @@ use storied::command::{CommandBus, Handler, HandlerOptions};
 use storied::event::EncodeError;
 use storied::projection::InMemory;
 use storied::store::ExpectedVersion;
-use storied::{ExecuteError, NotExecutedKind, Projection, RecordedEvent, Version};
+use storied::{AnyEvent, ExecuteError, NotExecutedKind, Projection, RecordedEvent, Version};
 use tokio::time::Instant;
 use uuid::{NoContext, Timestamp, Uuid};
 
@@ -555,17 +555,16 @@ async fn an_expected_version_is_checked_where_the_aggregate_is(kind: Kind) {
 struct Slow(tokio::sync::watch::Receiver<bool>);
 
 impl Projection for Slow {
+    const NAME: &'static str = "slow";
+    type Event = AnyEvent;
     type Transaction = ();
 
-    fn name(&self) -> &str {
-        "slow"
-    }
-
-    fn filter(&self) -> storied::Filter {
-        storied::Filter::all()
-    }
-
-    async fn apply(&mut self, _: &RecordedEvent, (): &mut ()) -> Result<(), storied::projection::ApplyError> {
+    async fn apply(
+        &mut self,
+        _: AnyEvent,
+        _: &RecordedEvent,
+        (): &mut (),
+    ) -> Result<(), storied::projection::ApplyError> {
         let _ = self.0.wait_for(|open| *open).await;
         Ok(())
     }

@@ -10,8 +10,8 @@ use sqlx::{AssertSqlSafe, Executor, PgConnection, PgPool};
 use storied::bus::{JetStreamOptions, NatsOptions};
 use storied::projection::{ApplyError, InMemory, Projection, ProjectionState};
 use storied::{
-    EventStore, ExpectedVersion, Filter, Position, PostgresReadModel, PostgresStore, PublisherState, ReadLog,
-    RecordedEvent, Runtime, SnapshotRevision,
+    AnyEvent, EventStore, ExpectedVersion, Position, PostgresReadModel, PostgresStore, PublisherState,
+    ReadLog, RecordedEvent, Runtime, SnapshotRevision,
 };
 
 use crate::postgres::tools::{
@@ -34,17 +34,16 @@ async fn pull_back(url: &str) -> PgConnection {
 struct Seen;
 
 impl Projection for Seen {
+    const NAME: &'static str = "seen";
+    type Event = AnyEvent;
     type Transaction = PgConnection;
 
-    fn name(&self) -> &str {
-        "seen"
-    }
-
-    fn filter(&self) -> Filter {
-        Filter::all()
-    }
-
-    async fn apply(&mut self, event: &RecordedEvent, tx: &mut PgConnection) -> Result<(), ApplyError> {
+    async fn apply(
+        &mut self,
+        _: AnyEvent,
+        event: &RecordedEvent,
+        tx: &mut PgConnection,
+    ) -> Result<(), ApplyError> {
         let position = event.position.get() as i64;
         sqlx::query("INSERT INTO seen VALUES ($1)").bind(position).execute(tx).await?;
         Ok(())
@@ -58,17 +57,11 @@ struct Kept {
 }
 
 impl Projection for Kept {
+    const NAME: &'static str = "kept";
+    type Event = AnyEvent;
     type Transaction = ();
 
-    fn name(&self) -> &str {
-        "kept"
-    }
-
-    fn filter(&self) -> Filter {
-        Filter::all()
-    }
-
-    async fn apply(&mut self, event: &RecordedEvent, _: &mut ()) -> Result<(), ApplyError> {
+    async fn apply(&mut self, _: AnyEvent, event: &RecordedEvent, _: &mut ()) -> Result<(), ApplyError> {
         self.positions.write().unwrap().push(event.position.get());
         self.applied.write().unwrap().push(event.position.get());
         Ok(())

@@ -7,7 +7,7 @@ use sqlx::postgres::PgPoolOptions;
 use sqlx::{Connection, PgConnection, PgPool};
 use storied::projection::{ApplyError, ProjectionState};
 use storied::{
-    ExpectedVersion, Filter, MemoryStore, PostgresOptions, PostgresReadModel, Projection, ProjectionHandle,
+    AnyEvent, ExpectedVersion, MemoryStore, PostgresOptions, PostgresReadModel, Projection, ProjectionHandle,
     ProjectionOptions, RecordedEvent, Runtime, StoreError,
 };
 use tokio::time::{Instant, timeout};
@@ -19,17 +19,16 @@ use crate::support::{PATIENCE, PostgresServer};
 struct Seen;
 
 impl Projection for Seen {
+    const NAME: &'static str = "seen";
+    type Event = AnyEvent;
     type Transaction = PgConnection;
 
-    fn name(&self) -> &str {
-        "seen"
-    }
-
-    fn filter(&self) -> Filter {
-        Filter::all()
-    }
-
-    async fn apply(&mut self, event: &RecordedEvent, tx: &mut PgConnection) -> Result<(), ApplyError> {
+    async fn apply(
+        &mut self,
+        _: AnyEvent,
+        event: &RecordedEvent,
+        tx: &mut PgConnection,
+    ) -> Result<(), ApplyError> {
         // The plan of a named prepared statement depends on the table.
         sqlx::query("SELECT * FROM notes").fetch_all(&mut *tx).await?;
         sqlx::query("INSERT INTO seen (position) VALUES ($1)")

@@ -12,8 +12,8 @@ use sqlx::postgres::PgPoolOptions;
 use storied::projection::{ApplyError, InMemory};
 use storied::store::Append;
 use storied::{
-    EventName, EventStore, ExpectedVersion, Filter, NewEvent, Position, PostgresOptions, PostgresReadModel,
-    PostgresStore, Projection, ReadLog, RecordedEvent, Runtime,
+    AnyEvent, EventName, EventStore, ExpectedVersion, Filter, NewEvent, Position, PostgresOptions,
+    PostgresReadModel, PostgresStore, Projection, ReadLog, RecordedEvent, Runtime,
 };
 
 use crate::postgres::tools::{append, events, run, stream};
@@ -24,17 +24,20 @@ const PATIENCE: Duration = Duration::from_secs(120);
 struct Counted(String);
 
 impl Projection for Counted {
+    const NAME: &'static str = "counted";
+    type Event = AnyEvent;
     type Transaction = PgConnection;
 
     fn name(&self) -> &str {
         &self.0
     }
 
-    fn filter(&self) -> Filter {
-        Filter::all()
-    }
-
-    async fn apply(&mut self, _: &RecordedEvent, tx: &mut PgConnection) -> Result<(), ApplyError> {
+    async fn apply(
+        &mut self,
+        _: AnyEvent,
+        _: &RecordedEvent,
+        tx: &mut PgConnection,
+    ) -> Result<(), ApplyError> {
         let count = "INSERT INTO counts VALUES ($1, 1) ON CONFLICT (name) DO UPDATE SET n = counts.n + 1";
         sqlx::query(count).bind(&self.0).execute(tx).await?;
         Ok(())
@@ -85,6 +88,8 @@ struct Counting {
 }
 
 impl Projection for Counting {
+    const NAME: &'static str = "counting";
+    type Event = AnyEvent;
     type Transaction = ();
 
     fn name(&self) -> &str {
@@ -95,7 +100,7 @@ impl Projection for Counting {
         self.filter.clone()
     }
 
-    async fn apply(&mut self, _: &RecordedEvent, _: &mut ()) -> Result<(), ApplyError> {
+    async fn apply(&mut self, _: AnyEvent, _: &RecordedEvent, _: &mut ()) -> Result<(), ApplyError> {
         self.seen.fetch_add(1, Ordering::Relaxed);
         Ok(())
     }

@@ -8,8 +8,8 @@ use sqlx::postgres::PgPoolOptions;
 use sqlx::{PgConnection, PgPool};
 use storied::projection::{ApplyError, ProjectionState, ReadModel};
 use storied::{
-    EventStore, ExpectedVersion, Filter, MemoryStore, Position, PostgresReadModel, PostgresStore, Projection,
-    RecordedEvent, Runtime,
+    AnyEvent, EventStore, ExpectedVersion, MemoryStore, Position, PostgresReadModel, PostgresStore,
+    Projection, RecordedEvent, Runtime,
 };
 
 use crate::postgres::tools::{append, events, run, stream, whole_log};
@@ -18,17 +18,16 @@ use crate::support::PostgresServer;
 struct Seen;
 
 impl Projection for Seen {
+    const NAME: &'static str = "seen";
+    type Event = AnyEvent;
     type Transaction = PgConnection;
 
-    fn name(&self) -> &str {
-        "seen"
-    }
-
-    fn filter(&self) -> Filter {
-        Filter::all()
-    }
-
-    async fn apply(&mut self, event: &RecordedEvent, tx: &mut PgConnection) -> Result<(), ApplyError> {
+    async fn apply(
+        &mut self,
+        _: AnyEvent,
+        event: &RecordedEvent,
+        tx: &mut PgConnection,
+    ) -> Result<(), ApplyError> {
         sqlx::query("INSERT INTO seen (position) VALUES ($1)")
             .bind(event.position.get() as i64)
             .execute(tx)

@@ -13,7 +13,7 @@ use sqlx::{AssertSqlSafe, Executor, PgConnection, PgPool};
 use storied::projection::{ApplyError, Projection, ProjectionState};
 use storied::store::{AppendError, Checkpoint, CheckpointKey, CommandRecord, ProgressWrite};
 use storied::{
-    Aggregate, Context, Decided, Decision, Event, EventName, EventStore, ExecuteError, Filter, MemoryStore, NeverRejects, Position, PostgresOptions, PostgresReadModel, PostgresStore, ReadLog, RecordedEvent, Runtime, StoreError, Version,
+    Aggregate, AnyEvent, Context, Decided, Decision, Event, EventName, EventStore, ExecuteError, Filter, MemoryStore, NeverRejects, Position, PostgresOptions, PostgresReadModel, PostgresStore, ReadLog, RecordedEvent, Runtime, StoreError, Version,
 };
 use tokio::task::JoinSet;
 use uuid::Uuid;
@@ -598,17 +598,16 @@ impl Aggregate for Account {
 struct Seen;
 
 impl Projection for Seen {
+    const NAME: &'static str = "seen";
+    type Event = AnyEvent;
     type Transaction = PgConnection;
 
-    fn name(&self) -> &str {
-        "seen"
-    }
-
-    fn filter(&self) -> Filter {
-        Filter::all()
-    }
-
-    async fn apply(&mut self, event: &RecordedEvent, tx: &mut PgConnection) -> Result<(), ApplyError> {
+    async fn apply(
+        &mut self,
+        _: AnyEvent,
+        event: &RecordedEvent,
+        tx: &mut PgConnection,
+    ) -> Result<(), ApplyError> {
         let position = event.position.get() as i64;
         sqlx::query("INSERT INTO seen VALUES ($1)").bind(position).execute(tx).await?;
         Ok(())

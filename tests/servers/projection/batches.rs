@@ -7,7 +7,7 @@ use std::time::Duration;
 use sqlx::SqliteConnection;
 use sqlx::sqlite::{SqliteConnectOptions, SqlitePoolOptions};
 use storied::projection::{ApplyError, AtLeastOnce, Delivery, SqliteReadModel};
-use storied::{EventStore, Filter, MemoryStore, Position, Projection, RecordedEvent};
+use storied::{AnyEvent, EventStore, MemoryStore, Position, Projection, RecordedEvent};
 
 use crate::projection::fixtures::*;
 
@@ -21,17 +21,16 @@ struct Paced {
 }
 
 impl Projection for Paced {
+    const NAME: &'static str = "paced";
+    type Event = AnyEvent;
     type Transaction = Delivery;
 
-    fn name(&self) -> &str {
-        "paced"
-    }
-
-    fn filter(&self) -> Filter {
-        Filter::all()
-    }
-
-    async fn apply(&mut self, _: &RecordedEvent, delivery: &mut Delivery) -> Result<(), ApplyError> {
+    async fn apply(
+        &mut self,
+        _: AnyEvent,
+        _: &RecordedEvent,
+        delivery: &mut Delivery,
+    ) -> Result<(), ApplyError> {
         {
             let mut batches = self.batches.lock().unwrap();
             match batches.last_mut().filter(|(began, _)| *began == delivery.confirmed) {
@@ -78,17 +77,16 @@ async fn batches_are_as_large_as_their_time_allows() {
 struct Written(Batches);
 
 impl Projection for Written {
+    const NAME: &'static str = "written";
+    type Event = AnyEvent;
     type Transaction = SqliteConnection;
 
-    fn name(&self) -> &str {
-        "written"
-    }
-
-    fn filter(&self) -> Filter {
-        Filter::all()
-    }
-
-    async fn apply(&mut self, _: &RecordedEvent, tx: &mut SqliteConnection) -> Result<(), ApplyError> {
+    async fn apply(
+        &mut self,
+        _: AnyEvent,
+        _: &RecordedEvent,
+        tx: &mut SqliteConnection,
+    ) -> Result<(), ApplyError> {
         let at = sqlx::query_scalar("SELECT max(position) FROM storied_checkpoints");
         let at: Option<i64> = at.fetch_one(tx).await?;
         let at = Position::new(at.unwrap_or(0) as u64);

@@ -19,7 +19,7 @@ use std::time::Duration;
 
 use futures_util::future::BoxFuture;
 use storied::bus::{JetStreamOptions, NatsOptions};
-use storied::projection::{BuildTarget, FollowMode};
+use storied::projection::{BuildTarget, FollowMode, PerTarget};
 use storied::testing::Node;
 use storied::{
     EventBus, EventStore, FeedOptions, Filter, Partition, Position, ProjectionHandle, ProjectionOptions,
@@ -101,8 +101,8 @@ impl<P: Place> Scene<P> {
         };
         let model = self.place.model().await;
         match partitions {
-            None => node.rebuildable(make, model, options).await,
-            Some(count) => node.partitioned(count, make, model, options).await,
+            None => node.projection(PerTarget::new(make), model, options).await,
+            Some(count) => node.projection(PerTarget::new(make), model, options.partitions(count)).await,
         }
     }
 

@@ -8,11 +8,13 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use storied::projection::{
-    ApplyError, AtLeastOnce, ControlError, Delivery, FailurePolicy, InMemory, ProjectionState,
+    ApplyError, AtLeastOnce, ControlError, Delivery, FailurePolicy, InMemory, PerTarget, ProjectionState,
 };
 use storied::store::{BoxFuture, Checkpoint, CheckpointKey, ControlChange};
 use storied::testing::Node;
-use storied::{EventStore, Filter, MemoryStore, Position, Projection, ProjectionHandle, RecordedEvent};
+use storied::{
+    AnyEvent, EventStore, Filter, MemoryStore, Position, Projection, ProjectionHandle, RecordedEvent,
+};
 
 use crate::projection::fixtures::*;
 
@@ -100,17 +102,15 @@ impl<T> NoReset<T> {
 }
 
 impl<T: Send + 'static> Projection for NoReset<T> {
+    const NAME: &'static str = "noreset";
+    type Event = AnyEvent;
     type Transaction = T;
 
     fn name(&self) -> &str {
         self.name
     }
 
-    fn filter(&self) -> Filter {
-        Filter::all()
-    }
-
-    async fn apply(&mut self, event: &RecordedEvent, _: &mut T) -> Result<(), ApplyError> {
+    async fn apply(&mut self, _: AnyEvent, event: &RecordedEvent, _: &mut T) -> Result<(), ApplyError> {
         self.seen.lock().unwrap().push(event.position);
         Ok(())
     }
@@ -139,7 +139,7 @@ async fn a_reset_that_is_refused_changes_nothing() {
         let node = local_node(&store).await;
         let handles = [
             node.projection(NoReset::new("whole", whole), AtLeastOnce::new(), options()).await,
-            node.partitioned(4, cut(), AtLeastOnce::new(), options()).await,
+            node.projection(PerTarget::new(cut()), AtLeastOnce::new(), options().partitions(4)).await,
         ];
         let before = more().await;
         for handle in &handles {
@@ -161,12 +161,12 @@ async fn a_reset_that_is_refused_changes_nothing() {
 
         // A reset that would change the number of partitions changes nothing either.
         let node = local_node(&store).await;
-        let two = node.partitioned(2, cut(), AtLeastOnce::new(), options()).await;
+        let two = node.projection(PerTarget::new(cut()), AtLeastOnce::new(), options().partitions(2)).await;
         reach(&two, ProjectionState::Failed).await;
         is_refused(&two).await;
         node.stop(PATIENCE).await.unwrap();
         let node = local_node(&store).await;
-        let four = node.partitioned(4, cut(), AtLeastOnce::new(), options()).await;
+        let four = node.projection(PerTarget::new(cut()), AtLeastOnce::new(), options().partitions(4)).await;
         catch_up(&four, more().await).await;
         assert_eq!(old(parts), 10, "{kind}: in as many partitions as before");
         let all = log(&store, &Filter::all()).await;
@@ -204,7 +204,12 @@ impl Index {
         match partitions {
             None => node.projection(index, AtLeastOnce::new(), short_lived()).await,
             Some(count) => {
-                node.partitioned(count, move |_| index.clone(), AtLeastOnce::new(), short_lived()).await
+                node.projection(
+                    PerTarget::new(move |_| index.clone()),
+                    AtLeastOnce::new(),
+                    short_lived().partitions(count),
+                )
+                .await
             }
         }
     }
@@ -218,17 +223,16 @@ impl Index {
 }
 
 impl Projection for Index {
+    const NAME: &'static str = "index";
+    type Event = AnyEvent;
     type Transaction = Delivery;
 
-    fn name(&self) -> &str {
-        "index"
-    }
-
-    fn filter(&self) -> Filter {
-        Filter::all()
-    }
-
-    async fn apply(&mut self, event: &RecordedEvent, _: &mut Delivery) -> Result<(), ApplyError> {
+    async fn apply(
+        &mut self,
+        _: AnyEvent,
+        event: &RecordedEvent,
+        _: &mut Delivery,
+    ) -> Result<(), ApplyError> {
         self.has.lock().unwrap().insert(event.position);
         Ok(())
     }
@@ -509,17 +513,20 @@ async fn a_reset_repairs_a_checkpoint_that_does_not_fit_the_log() {
 struct Refusing(&'static str);
 
 impl Projection for Refusing {
+    const NAME: &'static str = "refusing";
+    type Event = AnyEvent;
     type Transaction = sqlx::SqliteConnection;
 
     fn name(&self) -> &str {
         self.0
     }
 
-    fn filter(&self) -> Filter {
-        Filter::all()
-    }
-
-    async fn apply(&mut self, _: &RecordedEvent, _: &mut sqlx::SqliteConnection) -> Result<(), ApplyError> {
+    async fn apply(
+        &mut self,
+        _: AnyEvent,
+        _: &RecordedEvent,
+        _: &mut sqlx::SqliteConnection,
+    ) -> Result<(), ApplyError> {
         Ok(())
     }
 }
@@ -560,17 +567,16 @@ struct Mails {
 }
 
 impl Projection for Mails {
+    const NAME: &'static str = "mails";
+    type Event = AnyEvent;
     type Transaction = Delivery;
 
-    fn name(&self) -> &str {
-        "mails"
-    }
-
-    fn filter(&self) -> Filter {
-        Filter::all()
-    }
-
-    async fn apply(&mut self, event: &RecordedEvent, delivery: &mut Delivery) -> Result<(), ApplyError> {
+    async fn apply(
+        &mut self,
+        _: AnyEvent,
+        event: &RecordedEvent,
+        delivery: &mut Delivery,
+    ) -> Result<(), ApplyError> {
         self.seen.lock().unwrap().push(event.position);
         if !delivery.is_replay(event) {
             self.sent.lock().unwrap().push(event.position);
@@ -597,7 +603,14 @@ async fn a_replay_is_marked_and_sends_nothing_again() {
             let handle = match partitions {
                 None => node.projection(mails(), AtLeastOnce::new(), options()).await,
                 // It was unpartitioned before, so it must be reset; no mail is sent again.
-                Some(count) => node.partitioned(count, move |_| mails(), AtLeastOnce::new(), options()).await,
+                Some(count) => {
+                    node.projection(
+                        PerTarget::new(move |_| mails()),
+                        AtLeastOnce::new(),
+                        options().partitions(count),
+                    )
+                    .await
+                }
             };
             if partitions.is_some() {
                 reach(&handle, ProjectionState::Failed).await;

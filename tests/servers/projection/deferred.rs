@@ -8,7 +8,7 @@ use sqlx::{Executor, PgConnection, PgPool};
 use storied::projection::{
     ApplyError, FailurePolicy, PostgresReadModel, ProjectionState, ReadModel, SqliteReadModel,
 };
-use storied::{EventStore, Filter, MemoryStore, Position, Projection, RecordedEvent};
+use storied::{AnyEvent, EventStore, MemoryStore, Position, Projection, RecordedEvent};
 use tempfile::TempDir;
 
 use crate::projection::fixtures::*;
@@ -27,17 +27,20 @@ struct Deferred<T> {
 macro_rules! writes {
     ($connection:ty, $insert:literal) => {
         impl Projection for Deferred<$connection> {
+            const NAME: &'static str = "deferred";
+            type Event = AnyEvent;
             type Transaction = $connection;
 
             fn name(&self) -> &str {
                 self.name
             }
 
-            fn filter(&self) -> Filter {
-                Filter::all()
-            }
-
-            async fn apply(&mut self, event: &RecordedEvent, tx: &mut $connection) -> Result<(), ApplyError> {
+            async fn apply(
+                &mut self,
+                _: AnyEvent,
+                event: &RecordedEvent,
+                tx: &mut $connection,
+            ) -> Result<(), ApplyError> {
                 sqlx::query($insert).bind(event.position.get() as i64).execute(tx).await?;
                 Ok(())
             }

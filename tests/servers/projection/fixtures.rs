@@ -21,9 +21,9 @@ use storied::store::{
 };
 use storied::testing::{Node, Sealed};
 use storied::{
-    Event, EventBus, EventStore, FeedOptions, Filter, MemoryStore, Metadata, NewEvent, Position, Projection,
-    ProjectionHandle, ProjectionOptions, PublisherOptions, PublisherState, ReadLog, RecordedEvent,
-    SqliteStore, StoreError, StreamId, Version,
+    AnyEvent, Event, EventBus, EventStore, FeedOptions, Filter, MemoryStore, Metadata, NewEvent, Position,
+    Projection, ProjectionHandle, ProjectionOptions, PublisherOptions, PublisherState, ReadLog,
+    RecordedEvent, SqliteStore, StoreError, StreamId, Version,
 };
 use tempfile::TempDir;
 use tokio::sync::broadcast::error::RecvError;
@@ -205,6 +205,8 @@ impl<T> Recorder<T> {
 }
 
 impl<T: Send + 'static> Projection for Recorder<T> {
+    const NAME: &'static str = "recorder";
+    type Event = AnyEvent;
     type Transaction = T;
 
     fn name(&self) -> &str {
@@ -215,7 +217,7 @@ impl<T: Send + 'static> Projection for Recorder<T> {
         self.filter.clone()
     }
 
-    async fn apply(&mut self, event: &RecordedEvent, _: &mut T) -> Result<(), ApplyError> {
+    async fn apply(&mut self, _: AnyEvent, event: &RecordedEvent, _: &mut T) -> Result<(), ApplyError> {
         (self.hook)(event).await?;
         self.seen.0.lock().unwrap().push(event.position);
         Ok(())
@@ -244,17 +246,20 @@ impl Table {
 }
 
 impl Projection for Table {
+    const NAME: &'static str = "table";
+    type Event = AnyEvent;
     type Transaction = SqliteConnection;
 
     fn name(&self) -> &str {
         &self.name
     }
 
-    fn filter(&self) -> Filter {
-        Filter::all()
-    }
-
-    async fn apply(&mut self, event: &RecordedEvent, tx: &mut SqliteConnection) -> Result<(), ApplyError> {
+    async fn apply(
+        &mut self,
+        _: AnyEvent,
+        event: &RecordedEvent,
+        tx: &mut SqliteConnection,
+    ) -> Result<(), ApplyError> {
         sqlx::query("INSERT INTO seen (name, position) VALUES (?, ?)")
             .bind(&self.name)
             .bind(event.position.get() as i64)

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use futures_util::future::join_all;
 use storied::bus::{JetStreamOptions, NatsBus, NatsOptions};
-use storied::projection::{AtLeastOnce, FailurePolicy, FollowMode, InMemory, ProjectionState};
+use storied::projection::{AtLeastOnce, FailurePolicy, FollowMode, InMemory, PerTarget, ProjectionState};
 use storied::testing::Node;
 use storied::{EventStore, FeedOptions, Filter, MemoryStore, Partition, ProjectionOptions};
 
@@ -197,7 +197,7 @@ async fn hazard_18_a_poison_event_is_parked_and_its_partition_goes_on_in_order()
         move |_| Writes::new(place.clone(), "poisoned").hook(poison.clone())
     };
     let options = options().max_attempts(3).on_failure(FailurePolicy::Park);
-    let handle = node.partitioned(4, make, place.model().await, options).await;
+    let handle = node.projection(PerTarget::new(make), place.model().await, options.partitions(4)).await;
     catch_up(&handle, *all.last().unwrap()).await;
     let parked = handle.parked(10).await.unwrap();
     assert_eq!((parked.len(), parked[0].position, parked[0].attempts), (1, poisonous, 3));

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use storied::projection::{InMemoryIndex, WaitError};
-use storied::{EventStore, FeedOptions, Filter, MemoryStore, Runtime, SqliteStore};
+use storied::{EventStore, FeedOptions, MemoryStore, Runtime, SqliteStore};
 
 use crate::projection::fixtures::*;
 
@@ -12,13 +12,13 @@ use crate::projection::fixtures::*;
 type Counts = BTreeMap<(String, u64), u64>;
 
 fn counts(name: &str) -> InMemoryIndex<Counts> {
-    InMemoryIndex::new(name, Filter::of::<Thing>(), |counts: &mut Counts, event| {
-        let (Thing::Even { n } | Thing::Odd { n }) = event.decode()? else { return Ok(()) };
+    InMemoryIndex::new(name, |counts: &mut Counts, event, recorded| {
+        let (Thing::Even { n } | Thing::Odd { n }) = event else { return Ok(()) };
         if n == 1_000_000 {
             // Before the first change.
             panic!("on purpose");
         }
-        *counts.entry((event.stream.id().to_owned(), n)).or_default() += 1;
+        *counts.entry((recorded.stream.id().to_owned(), n)).or_default() += 1;
         Ok(())
     })
 }

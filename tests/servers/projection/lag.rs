@@ -4,9 +4,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use storied::projection::{InMemoryIndex, ProjectionState, ProjectionStatus, Schedule, WaitError};
+use storied::projection::{InMemoryIndex, PerTarget, ProjectionState, ProjectionStatus, Schedule, WaitError};
 use storied::store::ControlChange;
-use storied::{EventStore, Filter, MemoryStore, Position, ProjectionHandle, Runtime};
+use storied::{AnyEvent, EventStore, MemoryStore, Position, ProjectionHandle, Runtime};
 use tokio::sync::watch;
 
 use crate::projection::fixtures::*;
@@ -104,7 +104,9 @@ async fn no_lag_is_reported_before_checkpoint_and_log_are_read() {
             let pass = pass.clone();
             move |_| table("parts").hook(pass.clone())
         };
-        let handle = node.partitioned(4, make(&pass), database.open().await, options()).await;
+        let handle = node
+            .projection(PerTarget::new(make(&pass)), database.open().await, options().partitions(4))
+            .await;
         never_says_live(&format!("{kind}, parts"), &handle, head, some(all)).await;
         open.send_replace(true);
         never_says_live(&format!("{kind}, parts done"), &handle, head, some(0)).await;
@@ -136,7 +138,7 @@ async fn an_index_is_ready_when_it_contains_the_log() {
     for stream in 0..20 {
         append(&store, stream, 0..1_000).await;
     }
-    let count = InMemoryIndex::new("count", Filter::all(), |count: &mut u64, _| {
+    let count = InMemoryIndex::new("count", |count: &mut u64, _: AnyEvent, _| {
         *count += 1;
         Ok(())
     });

@@ -3,9 +3,9 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use storied::projection::{Answer, ApplyError, Operator, Request};
+use storied::projection::{Answer, ApplyError, Operator, PerTarget, Request};
 use storied::testing::Node;
-use storied::{EventStore, Filter, Position, Projection, ProjectionHandle, RecordedEvent};
+use storied::{AnyEvent, EventStore, Filter, Position, Projection, ProjectionHandle, RecordedEvent};
 use tokio::time::Instant;
 
 use crate::projection::conformance::place::{InPostgres, InSqlite, Outside, Place};
@@ -27,17 +27,11 @@ impl<P> Noted<P> {
 }
 
 impl<P: Place> Projection for Noted<P> {
+    const NAME: &'static str = "noted";
+    type Event = AnyEvent;
     type Transaction = P::Tx;
 
-    fn name(&self) -> &str {
-        "noted"
-    }
-
-    fn filter(&self) -> Filter {
-        Filter::all()
-    }
-
-    async fn apply(&mut self, event: &RecordedEvent, tx: &mut P::Tx) -> Result<(), ApplyError> {
+    async fn apply(&mut self, _: AnyEvent, event: &RecordedEvent, tx: &mut P::Tx) -> Result<(), ApplyError> {
         self.place.write(&Self::table(self.version), event.position, tx).await
     }
 
@@ -70,7 +64,7 @@ impl<P: Place> Scene<P> {
             resets: resets.clone(),
             gate: gate.clone(),
         };
-        let handle = node.rebuildable(make, self.place.model().await, short_lived()).await;
+        let handle = node.projection(PerTarget::new(make), self.place.model().await, short_lived()).await;
         (node, handle)
     }
 

@@ -17,8 +17,8 @@ use storied::projection::{
 };
 use storied::store::CheckpointKey;
 use storied::{
-    EventStore, ExecuteError, Filter, MemoryStore, NotExecutedKind, Position, Projection, ProjectionOptions,
-    RecordedEvent, Runtime, StoreError, StreamId,
+    AnyEvent, EventStore, ExecuteError, Filter, MemoryStore, NotExecutedKind, Position, Projection,
+    ProjectionOptions, RecordedEvent, Runtime, StoreError, StreamId,
 };
 use tokio::time::Instant;
 use uuid::Uuid;
@@ -265,17 +265,16 @@ impl Handler for Slow {
 struct Reaction(Arc<OnceLock<Runtime>>);
 
 impl Projection for Reaction {
+    const NAME: &'static str = "reaction";
+    type Event = AnyEvent;
     type Transaction = Delivery;
 
-    fn name(&self) -> &str {
-        "reaction"
-    }
-
-    fn filter(&self) -> Filter {
-        Filter::all()
-    }
-
-    async fn apply(&mut self, event: &RecordedEvent, _: &mut Delivery) -> Result<(), ApplyError> {
+    async fn apply(
+        &mut self,
+        _: AnyEvent,
+        event: &RecordedEvent,
+        _: &mut Delivery,
+    ) -> Result<(), ApplyError> {
         let Some(runtime) = self.0.get() else { return Err(TargetUnavailable::new("not yet").into()) };
         runtime.execute_handler::<Slow>(Work(event.position.get())).await?;
         Ok(())

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use futures_util::future::join_all;
-use storied::projection::ProjectionState;
+use storied::projection::{PerTarget, ProjectionState};
 use storied::{EventStore, Filter, Position, ProjectionOptions};
 use tokio::time::Instant;
 
@@ -41,7 +41,10 @@ async fn the_partitions_of_a_node_read_the_log_once() {
             let began = Instant::now();
             let handle = match partitions {
                 None => node.projection(table("whole"), model, options()).await,
-                Some(count) => node.partitioned(count, |_| table("parts"), model, options()).await,
+                Some(count) => {
+                    node.projection(PerTarget::new(|_| table("parts")), model, options().partitions(count))
+                        .await
+                }
             };
             catch_up(&handle, head).await;
             let elapsed = began.elapsed();
@@ -82,7 +85,9 @@ async fn a_failed_partition_blocks_no_other_and_catches_up() {
             move |_| table("parts").hook(poison(300, &broken))
         };
         let node = local_node(&store).await;
-        let handle = node.partitioned(FEWER, make, database.open().await, small_pages()).await;
+        let handle = node
+            .projection(PerTarget::new(make), database.open().await, small_pages().partitions(FEWER))
+            .await;
         let others_at = |head: Position| {
             let partitions = handle.status().partitions;
             let (failed, others): (Vec<_>, Vec<_>) =
@@ -112,7 +117,9 @@ async fn partitions_resume_from_their_own_positions() {
             let writers = Writers::start(&store, 4, 20, 5);
             let node = local_node(&store).await;
             let make = |_| table("parts");
-            let handle = node.partitioned(FEWER, make, database.open().await, small_pages()).await;
+            let handle = node
+                .projection(PerTarget::new(make), database.open().await, small_pages().partitions(FEWER))
+                .await;
             let enough = 200 * (round + 1);
             eventually("some of it is applied", || {
                 handle.status().partitions.iter().filter(|one| one.status.position.get() > enough).count()
@@ -124,7 +131,13 @@ async fn partitions_resume_from_their_own_positions() {
             writers.done().await;
         }
         let node = local_node(&store).await;
-        let handle = node.partitioned(FEWER, |_| table("parts"), database.open().await, small_pages()).await;
+        let handle = node
+            .projection(
+                PerTarget::new(|_| table("parts")),
+                database.open().await,
+                small_pages().partitions(FEWER),
+            )
+            .await;
         catch_up(&handle, store.high_water_mark().await.unwrap()).await;
         assert_exact(&database, &store, "parts", FEWER).await;
         node.stop(PATIENCE).await.unwrap();

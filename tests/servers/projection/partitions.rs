@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use storied::projection::{AtLeastOnce, BuildTarget, FailurePolicy, InMemory, ProjectionState};
+use storied::projection::{AtLeastOnce, BuildTarget, FailurePolicy, InMemory, PerTarget, ProjectionState};
 use storied::runtime::StartError;
 use storied::testing::Node;
 use storied::{
@@ -25,7 +25,9 @@ async fn join(
     options: ProjectionOptions,
 ) -> (Node, ProjectionHandle) {
     let node = local_node(store).await;
-    let handle = node.partitioned(PARTITIONS, |_| table("table"), database.open().await, options).await;
+    let handle = node
+        .projection(PerTarget::new(|_| table("table")), database.open().await, options.partitions(PARTITIONS))
+        .await;
     (node, handle)
 }
 
@@ -174,7 +176,9 @@ async fn the_number_of_partitions_is_fixed_until_a_reset() {
         catch_up(&handle, head).await;
         let model = async || database.open().await;
         let other = local_node(&store).await;
-        let four = other.partitioned(4, |_| table("table"), model().await, options()).await;
+        let four = other
+            .projection(PerTarget::new(|_| table("table")), model().await, options().partitions(4))
+            .await;
         reach(&four, ProjectionState::Failed).await;
         let advice = four.status().last_error.unwrap();
         assert!(advice.contains("8 partitions") && advice.contains("4 partitions"), "{kind}: {advice}");
@@ -202,7 +206,8 @@ async fn the_number_of_partitions_is_fixed_until_a_reset() {
         catch_up(&whole, head).await;
         node.stop(PATIENCE).await.unwrap();
         let node = local_node(&store).await;
-        let cut = node.partitioned(2, |_| table("other"), model().await, options()).await;
+        let cut =
+            node.projection(PerTarget::new(|_| table("other")), model().await, options().partitions(2)).await;
         reach(&cut, ProjectionState::Failed).await;
         cut.reset().await.unwrap();
         catch_up(&cut, head).await;
@@ -222,8 +227,16 @@ async fn control_calls_work_from_any_node() {
             move |_| table("table").hook(poison(3, &broken))
         };
         let (one, two) = (local_node(&store).await, local_node(&store).await);
-        let first = one.partitioned(PARTITIONS, poisoned(), database.open().await, park.clone()).await;
-        let second = two.partitioned(PARTITIONS, poisoned(), database.open().await, park).await;
+        let first = one
+            .projection(
+                PerTarget::new(poisoned()),
+                database.open().await,
+                park.clone().partitions(PARTITIONS),
+            )
+            .await;
+        let second = two
+            .projection(PerTarget::new(poisoned()), database.open().await, park.partitions(PARTITIONS))
+            .await;
         balanced(&first, &[4, 4]).await;
         let mut head = Position::START;
         for n in 1..=20 {
@@ -303,7 +316,13 @@ async fn a_failed_partition_does_not_stop_the_others() {
                 recorder
             }
         };
-        let handle = node.partitioned(PARTITIONS, make, AtLeastOnce::new(), options().max_attempts(1)).await;
+        let handle = node
+            .projection(
+                PerTarget::new(make),
+                AtLeastOnce::new(),
+                options().max_attempts(1).partitions(PARTITIONS),
+            )
+            .await;
         let mut head = Position::START;
         for n in 0..40 {
             head = append(&store, n, [n]).await;
@@ -332,10 +351,26 @@ async fn invalid_partition_counts_are_refused_at_the_start() {
     for count in [0, 257] {
         let model = database.open().await;
         let builder = Runtime::builder().store(MemoryStore::new());
-        let error = builder.partitioned(count, |_| table("table"), model).start().await.unwrap_err();
+        let error = builder
+            .projection_with(
+                PerTarget::new(|_| table("table")),
+                model,
+                ProjectionOptions::new().partitions(count),
+            )
+            .start()
+            .await
+            .unwrap_err();
         assert!(matches!(error, StartError::Partitions { partitions, .. } if partitions == count), "{error}");
     }
     let builder = Runtime::builder().store(MemoryStore::new());
-    let error = builder.partitioned(8, |_| recorder("memory"), InMemory::new()).start().await.unwrap_err();
+    let error = builder
+        .projection_with(
+            PerTarget::new(|_| recorder("memory")),
+            InMemory::new(),
+            ProjectionOptions::new().partitions(8),
+        )
+        .start()
+        .await
+        .unwrap_err();
     assert!(matches!(error, StartError::Partitions { .. }), "{error}");
 }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use storied::projection::{AtLeastOnce, ProjectionState, Schedule};
+use storied::projection::{AtLeastOnce, PerTarget, ProjectionState, Schedule};
 use storied::{EventStore, MemoryStore};
 
 use crate::projection::fixtures::*;
@@ -55,11 +55,15 @@ async fn held_back_events_are_dropped_with_the_ownership() {
 async fn a_group_whose_read_model_does_not_fit_waits() {
     let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
     let node = local_node(&store).await;
-    let four = node.partitioned(4, |_| recorder("cut"), AtLeastOnce::new(), options()).await;
+    let four = node
+        .projection(PerTarget::new(|_| recorder("cut")), AtLeastOnce::new(), options().partitions(4))
+        .await;
     catch_up(&four, append(&store, 0, [1]).await).await;
     node.stop(PATIENCE).await.unwrap();
     let node = local_node(&store).await;
-    let two = node.partitioned(2, |_| recorder("cut"), AtLeastOnce::new(), options()).await;
+    let two = node
+        .projection(PerTarget::new(|_| recorder("cut")), AtLeastOnce::new(), options().partitions(2))
+        .await;
     reach(&two, ProjectionState::Failed).await;
     assert_quiet("two partitions of four").await;
     node.kill();

@@ -7,11 +7,13 @@ use std::time::{Duration, Instant};
 
 use sqlx::SqliteConnection;
 use storied::projection::{
-    ApplyError, AtLeastOnce, BuildTarget, ControlError, FailurePolicy, InMemory, ProjectionState,
+    ApplyError, AtLeastOnce, BuildTarget, ControlError, FailurePolicy, InMemory, PerTarget, ProjectionState,
     RebuildStatus, TargetUnavailable,
 };
 use storied::testing::Node;
-use storied::{EventStore, Filter, Position, Projection, ProjectionHandle, ProjectionOptions, RecordedEvent};
+use storied::{
+    AnyEvent, EventStore, Filter, Position, Projection, ProjectionHandle, ProjectionOptions, RecordedEvent,
+};
 
 use crate::projection::fixtures::*;
 
@@ -24,17 +26,16 @@ struct Versioned {
 }
 
 impl Projection for Versioned {
+    const NAME: &'static str = "versioned";
+    type Event = AnyEvent;
     type Transaction = SqliteConnection;
 
-    fn name(&self) -> &str {
-        "versioned"
-    }
-
-    fn filter(&self) -> Filter {
-        Filter::all()
-    }
-
-    async fn apply(&mut self, event: &RecordedEvent, tx: &mut SqliteConnection) -> Result<(), ApplyError> {
+    async fn apply(
+        &mut self,
+        _: AnyEvent,
+        event: &RecordedEvent,
+        tx: &mut SqliteConnection,
+    ) -> Result<(), ApplyError> {
         sqlx::query("INSERT INTO seen (name, position) VALUES (?, ?)")
             .bind(format!("v{}", self.version))
             .bind(event.position.get() as i64)
@@ -86,8 +87,8 @@ async fn start(
     let node = local_node(store).await;
     let model = database.open().await;
     let handle = match partitions {
-        None => node.rebuildable(make(hook), model, options).await,
-        Some(count) => node.partitioned(count, make(hook), model, options).await,
+        None => node.projection(PerTarget::new(make(hook)), model, options).await,
+        Some(count) => node.projection(PerTarget::new(make(hook)), model, options.partitions(count)).await,
     };
     (node, handle)
 }
@@ -253,8 +254,13 @@ async fn a_projection_that_cannot_be_rebuilt_refuses_a_rebuild() {
         let node = local_node(&store).await;
         let (memory, delivered) = (Seen::default(), Seen::default());
         let handles = [
-            node.rebuildable(recording("memory", &memory), InMemory::new(), options()).await,
-            node.rebuildable(recording("delivered", &delivered), AtLeastOnce::new(), options()).await,
+            node.projection(PerTarget::new(recording("memory", &memory)), InMemory::new(), options()).await,
+            node.projection(
+                PerTarget::new(recording("delivered", &delivered)),
+                AtLeastOnce::new(),
+                options(),
+            )
+            .await,
         ];
         for stream in 0..10 {
             let head = append(&store, stream, 1..=20).await;
@@ -451,10 +457,10 @@ async fn parked_events_are_those_of_the_live_version_after_a_cut_over() {
         let linked: Arc<dyn EventStore> = Arc::new(link.clone());
         let (one, two) = (local_node(&store).await, local_node(&linked).await);
         let park = || options().max_attempts(1).on_failure(FailurePolicy::Park);
-        let first = one.rebuildable(make(), database.open().await, park()).await;
+        let first = one.projection(PerTarget::new(make()), database.open().await, park()).await;
         let head = append(&store, 0, 0..10).await;
         catch_up(&first, head).await;
-        let second = two.rebuildable(make(), database.open().await, park()).await;
+        let second = two.projection(PerTarget::new(make()), database.open().await, park()).await;
         reach(&second, ProjectionState::Standby).await;
         link.blind.store(true, Ordering::SeqCst);
         first.rebuild().await.unwrap();
@@ -487,18 +493,17 @@ struct Lock {
 struct Locked(Versioned, Lock);
 
 impl Projection for Locked {
+    const NAME: &'static str = Versioned::NAME;
+    type Event = AnyEvent;
     type Transaction = SqliteConnection;
 
-    fn name(&self) -> &str {
-        self.0.name()
-    }
-
-    fn filter(&self) -> Filter {
-        self.0.filter()
-    }
-
-    async fn apply(&mut self, event: &RecordedEvent, tx: &mut SqliteConnection) -> Result<(), ApplyError> {
-        self.0.apply(event, tx).await
+    async fn apply(
+        &mut self,
+        _: AnyEvent,
+        event: &RecordedEvent,
+        tx: &mut SqliteConnection,
+    ) -> Result<(), ApplyError> {
+        self.0.apply(AnyEvent, event, tx).await
     }
 
     async fn reset(&mut self, tx: &mut SqliteConnection) -> Result<(), ApplyError> {
@@ -539,7 +544,7 @@ async fn a_cut_over_waiting_for_a_lock_lets_the_live_version_continue() {
         let node = local_node(&store).await;
         let (free, ours) = (make(&hook(|_| Ok(()))), lock.clone());
         let made = move |target| Locked(free(target), ours.clone());
-        let handle = node.rebuildable(made, database.open().await, options()).await;
+        let handle = node.projection(PerTarget::new(made), database.open().await, options()).await;
         catch_up(&handle, append(&store, 0, 0..50).await).await;
         handle.rebuild().await.unwrap();
         goes_on_meanwhile(&store, &handle, &lock.tries).await;
@@ -570,17 +575,16 @@ mod on_a_server {
     }
 
     impl Projection for Viewed {
+        const NAME: &'static str = "viewed";
+        type Event = AnyEvent;
         type Transaction = PgConnection;
 
-        fn name(&self) -> &str {
-            "viewed"
-        }
-
-        fn filter(&self) -> Filter {
-            Filter::all()
-        }
-
-        async fn apply(&mut self, event: &RecordedEvent, tx: &mut PgConnection) -> Result<(), ApplyError> {
+        async fn apply(
+            &mut self,
+            _: AnyEvent,
+            event: &RecordedEvent,
+            tx: &mut PgConnection,
+        ) -> Result<(), ApplyError> {
             execute(tx, format!("INSERT INTO seen_{} VALUES ({})", self.0, event.position)).await
         }
 
@@ -606,7 +610,8 @@ mod on_a_server {
         let (node, lock) = (local_node(&store).await, Lock::default());
         let ours = lock.clone();
         let made = move |target: BuildTarget| Viewed(target.version, ours.clone());
-        let handle = node.rebuildable(made, PostgresReadModel::new(pool.clone()), options()).await;
+        let handle =
+            node.projection(PerTarget::new(made), PostgresReadModel::new(pool.clone()), options()).await;
         catch_up(&handle, append(&store, 0, 0..50).await).await;
         // A report, or pg_dump.
         let mut report = pool.begin().await.unwrap();

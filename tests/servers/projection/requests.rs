@@ -7,10 +7,11 @@ use std::time::Duration;
 use sqlx::SqliteConnection;
 use storied::projection::SqliteReadModel;
 use storied::projection::{
-    Answer, ApplyError, BuildTarget, FailurePolicy, Operator, ProjectionState, Request, TargetUnavailable,
+    Answer, ApplyError, BuildTarget, FailurePolicy, Operator, PerTarget, ProjectionState, Request,
+    TargetUnavailable,
 };
 use storied::testing::Node;
-use storied::{EventStore, Filter, MemoryStore, Projection, ProjectionHandle, RecordedEvent};
+use storied::{AnyEvent, EventStore, MemoryStore, Projection, ProjectionHandle, RecordedEvent};
 
 use crate::projection::fixtures::*;
 
@@ -39,17 +40,16 @@ struct Faults {
 struct RequestTicket(Faults, u64);
 
 impl Projection for RequestTicket {
+    const NAME: &'static str = "asked";
+    type Event = AnyEvent;
     type Transaction = SqliteConnection;
 
-    fn name(&self) -> &str {
-        "asked"
-    }
-
-    fn filter(&self) -> Filter {
-        Filter::all()
-    }
-
-    async fn apply(&mut self, _: &RecordedEvent, _: &mut SqliteConnection) -> Result<(), ApplyError> {
+    async fn apply(
+        &mut self,
+        _: AnyEvent,
+        _: &RecordedEvent,
+        _: &mut SqliteConnection,
+    ) -> Result<(), ApplyError> {
         if self.1 > 0 && self.0.slow.load(Ordering::SeqCst) {
             return Err(TargetUnavailable::new("not yet").into());
         }
@@ -98,8 +98,8 @@ async fn start(
     let node = local_node(store).await;
     let (model, options) = (database.open().await, options().max_attempts(1).on_failure(FailurePolicy::Park));
     let handle = match partitions {
-        0 => node.rebuildable(make(faults), model, options).await,
-        count => node.partitioned(count, make(faults), model, options).await,
+        0 => node.projection(PerTarget::new(make(faults)), model, options).await,
+        count => node.projection(PerTarget::new(make(faults)), model, options.partitions(count)).await,
     };
     (node, handle)
 }
@@ -141,7 +141,7 @@ async fn an_owner_that_takes_over_reads_the_requests() {
     let store: Arc<dyn EventStore> = Arc::new(link.clone());
     let head = append(&store, 0, 0..3).await;
     let node = local_node(&store).await;
-    let handle = node.rebuildable(make(&faults), database.open().await, short_lived()).await;
+    let handle = node.projection(PerTarget::new(make(&faults)), database.open().await, short_lived()).await;
     catch_up(&handle, head).await;
     let operator = Operator::new(Arc::new(far.clone()), database.open().await).await.unwrap();
     far.uncontrolled.store(true, Ordering::SeqCst);
@@ -259,7 +259,7 @@ async fn a_control_call_during_a_retry_survives_the_loss_of_the_lease() {
     append(&store, 0, 0..10).await;
     let node = local_node(&store).await;
     let options = options().max_attempts(10).initial_backoff(long).max_backoff(long).lease(lease);
-    let handle = node.rebuildable(make(&faults), database.open().await, options).await;
+    let handle = node.projection(PerTarget::new(make(&faults)), database.open().await, options).await;
     eventually("an event has failed", || handle.status().state == ProjectionState::Retrying).await;
     // While the node waits for the next attempt.
     faults.held.store(true, Ordering::SeqCst);
@@ -304,8 +304,8 @@ async fn one_connection_is_enough_for_a_rebuild_and_its_end() {
         let pool = sqlx::sqlite::SqlitePoolOptions::new().max_connections(1);
         let model = SqliteReadModel::new(pool.connect_with(connect).await.unwrap());
         let handle = match partitions {
-            0 => node.rebuildable(make(&faults), model, options()).await,
-            count => node.partitioned(count, make(&faults), model, options()).await,
+            0 => node.projection(PerTarget::new(make(&faults)), model, options()).await,
+            count => node.projection(PerTarget::new(make(&faults)), model, options().partitions(count)).await,
         };
         catch_up(&handle, head).await;
         faults.slow.store(true, Ordering::SeqCst);

@@ -7,7 +7,8 @@ use std::time::Duration;
 use storied::projection::{ApplyError, InMemory, InMemoryIndex, ProjectionState, TargetUnavailable};
 use storied::runtime::{Builder, StartError};
 use storied::{
-    EventStore, Filter, MemoryStore, Projection, ProjectionOptions, RecordedEvent, Runtime, SnapshotRevision,
+    AnyEvent, EventStore, MemoryStore, Projection, ProjectionOptions, RecordedEvent, Runtime,
+    SnapshotRevision,
 };
 
 use crate::projection::fixtures::*;
@@ -20,7 +21,7 @@ fn number(event: &RecordedEvent) -> Result<u64, ApplyError> {
 }
 
 fn numbers() -> InMemoryIndex<Numbers> {
-    InMemoryIndex::new("numbers", Filter::all(), |numbers: &mut Numbers, event| {
+    InMemoryIndex::new("numbers", |numbers: &mut Numbers, _: AnyEvent, event| {
         numbers.push(number(event)?);
         Ok(())
     })
@@ -31,17 +32,11 @@ fn numbers() -> InMemoryIndex<Numbers> {
 struct Shared(Arc<RwLock<Numbers>>);
 
 impl Projection for Shared {
+    const NAME: &'static str = "shared";
+    type Event = AnyEvent;
     type Transaction = ();
 
-    fn name(&self) -> &str {
-        "shared"
-    }
-
-    fn filter(&self) -> Filter {
-        Filter::all()
-    }
-
-    async fn apply(&mut self, event: &RecordedEvent, _: &mut ()) -> Result<(), ApplyError> {
+    async fn apply(&mut self, _: AnyEvent, event: &RecordedEvent, _: &mut ()) -> Result<(), ApplyError> {
         self.0.write().unwrap().push(number(event)?);
         Ok(())
     }
@@ -56,17 +51,11 @@ impl Projection for Shared {
 struct Endless(Arc<Mutex<Numbers>>);
 
 impl Projection for Endless {
+    const NAME: &'static str = "endless";
+    type Event = AnyEvent;
     type Transaction = ();
 
-    fn name(&self) -> &str {
-        "endless"
-    }
-
-    fn filter(&self) -> Filter {
-        Filter::all()
-    }
-
-    async fn apply(&mut self, event: &RecordedEvent, _: &mut ()) -> Result<(), ApplyError> {
+    async fn apply(&mut self, _: AnyEvent, event: &RecordedEvent, _: &mut ()) -> Result<(), ApplyError> {
         self.0.lock().unwrap().push(number(event)?);
         Ok(())
     }
@@ -79,17 +68,11 @@ struct FailingReset {
 }
 
 impl Projection for FailingReset {
+    const NAME: &'static str = "failing";
+    type Event = AnyEvent;
     type Transaction = ();
 
-    fn name(&self) -> &str {
-        "failing"
-    }
-
-    fn filter(&self) -> Filter {
-        Filter::all()
-    }
-
-    async fn apply(&mut self, _: &RecordedEvent, _: &mut ()) -> Result<(), ApplyError> {
+    async fn apply(&mut self, _: AnyEvent, _: &RecordedEvent, _: &mut ()) -> Result<(), ApplyError> {
         Ok(())
     }
 

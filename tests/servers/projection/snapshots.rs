@@ -16,7 +16,7 @@ use storied::projection::{ApplyError, InMemory, InMemoryIndex, SnapshotState};
 use storied::store::Snapshot;
 use storied::testing::Node;
 use storied::{
-    EventStore, Filter, MemoryStore, Position, PostgresStore, Projection, ProjectionHandle,
+    AnyEvent, EventStore, Filter, MemoryStore, Position, PostgresStore, Projection, ProjectionHandle,
     ProjectionOptions, ReadLog, RecordedEvent, Runtime, SnapshotRevision, SqliteStore, StreamId,
 };
 use tempfile::TempDir;
@@ -56,17 +56,15 @@ struct Sums {
 }
 
 impl Projection for Sums {
+    const NAME: &'static str = "sums";
+    type Event = AnyEvent;
     type Transaction = ();
-
-    fn name(&self) -> &str {
-        "sums"
-    }
 
     fn filter(&self) -> Filter {
         self.filter.clone()
     }
 
-    async fn apply(&mut self, event: &RecordedEvent, _: &mut ()) -> Result<(), ApplyError> {
+    async fn apply(&mut self, _: AnyEvent, event: &RecordedEvent, _: &mut ()) -> Result<(), ApplyError> {
         self.seen.fetch_add(1, Ordering::SeqCst);
         (self.hook)(event).await?;
         self.state.write().map_err(|_| "poisoned")?.add(event)
@@ -270,11 +268,11 @@ async fn an_index_starts_from_its_snapshot() {
         let folded = Arc::new(AtomicU64::new(0));
         let index = || {
             let folded = folded.clone();
-            let fold = move |state: &mut State, event: &RecordedEvent| {
+            let fold = move |state: &mut State, _: Thing, event: &RecordedEvent| {
                 folded.fetch_add(1, Ordering::SeqCst);
                 state.add(event)
             };
-            InMemoryIndex::new("sums", Filter::of::<Thing>(), fold).snapshot_every(100, SnapshotRevision(1))
+            InMemoryIndex::new("sums", fold).snapshot_every(100, SnapshotRevision(1))
         };
         more(&link, 1, 0..500).await;
         for (come, all) in [(500, 500), (7, 507), (0, 507)] {

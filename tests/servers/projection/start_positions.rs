@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use chrono::{DateTime, Duration, Utc};
-use storied::projection::{AtLeastOnce, Delivery, InMemory, ProjectionState, Start};
+use storied::projection::{AtLeastOnce, Delivery, InMemory, PerTarget, ProjectionState, Start};
 use storied::runtime::StartError;
 use storied::testing::Node;
 use storied::{
@@ -80,7 +80,8 @@ async fn begins_where_it_is_told<P: Place>() {
     let node = local_node(&store).await;
     let (parts, model) = (place.clone(), place.model().await);
     let make = move |_| Writes::new(parts.clone(), "parts");
-    let handle = node.partitioned(4, make, model, options().start(Start::At(at))).await;
+    let handle =
+        node.projection(PerTarget::new(make), model, options().start(Start::At(at)).partitions(4)).await;
     handle.wait_until_caught_up(PATIENCE).await.unwrap();
     let mut seen = place.seen("parts").await;
     seen.sort();
@@ -92,7 +93,7 @@ async fn begins_where_it_is_told<P: Place>() {
         let make = move |target: storied::projection::BuildTarget| {
             Writes::new(built.clone(), "built").version(target.version)
         };
-        let handle = node.rebuildable(make, model, options().start(Start::At(at))).await;
+        let handle = node.projection(PerTarget::new(make), model, options().start(Start::At(at))).await;
         handle.wait_until_caught_up(PATIENCE).await.unwrap();
         handle.rebuild().await.unwrap();
         eventually("it is rebuilt", || handle.status().version == 1).await;
@@ -218,7 +219,11 @@ async fn at_least_once_on_a_log_with_events_needs_a_start_position() {
             assert!(refused.to_string().contains(choice), "{refused}");
         }
         let parts = Runtime::builder().store(store.clone());
-        let parts = parts.partitioned(4, |_| recorder::<Delivery>("parts"), AtLeastOnce::new());
+        let parts = parts.projection_with(
+            PerTarget::new(|_| recorder::<Delivery>("parts")),
+            AtLeastOnce::new(),
+            ProjectionOptions::new().partitions(4),
+        );
         let refused = parts.start().await.unwrap_err();
         assert!(matches!(refused, StartError::NoStartPosition { .. }), "{refused}");
         assert_eq!(start("mails", options().start(Start::Now)).await.unwrap(), []);
@@ -248,7 +253,7 @@ async fn now_is_when_the_runtime_started() {
             let runtime = Runtime::builder()
                 .store(store.clone())
                 .projection_with(whole, AtLeastOnce::new(), now())
-                .partitioned_with(16, make, AtLeastOnce::new(), now())
+                .projection_with(PerTarget::new(make), AtLeastOnce::new(), now().partitions(16))
                 .projection_with(memory, InMemory::new(), now())
                 .start()
                 .await

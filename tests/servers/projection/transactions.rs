@@ -9,7 +9,7 @@ use sqlx::{Executor, PgConnection, PgPool, SqlitePool};
 use storied::projection::{
     ApplyError, FailurePolicy, PostgresReadModel, ProjectionState, ReadModel, SqliteReadModel,
 };
-use storied::{EventStore, Filter, MemoryStore, Position, Projection, RecordedEvent};
+use storied::{AnyEvent, EventStore, MemoryStore, Position, Projection, RecordedEvent};
 use tempfile::TempDir;
 
 use crate::projection::fixtures::*;
@@ -30,17 +30,20 @@ struct Ending<T> {
 macro_rules! writes {
     ($connection:ty, $insert:literal) => {
         impl Projection for Ending<$connection> {
+            const NAME: &'static str = "ending";
+            type Event = AnyEvent;
             type Transaction = $connection;
 
             fn name(&self) -> &str {
                 &self.name
             }
 
-            fn filter(&self) -> Filter {
-                Filter::all()
-            }
-
-            async fn apply(&mut self, event: &RecordedEvent, tx: &mut $connection) -> Result<(), ApplyError> {
+            async fn apply(
+                &mut self,
+                _: AnyEvent,
+                event: &RecordedEvent,
+                tx: &mut $connection,
+            ) -> Result<(), ApplyError> {
                 sqlx::query($insert).bind(event.position.get() as i64).execute(&mut *tx).await?;
                 let left = |times: u64| times.checked_sub(1);
                 if event.position == Position::new(3)
@@ -139,17 +142,16 @@ async fn a_temporary_table_does_not_replace_the_checkpoints() {
 struct Large(Arc<AtomicBool>);
 
 impl Projection for Large {
+    const NAME: &'static str = "large";
+    type Event = AnyEvent;
     type Transaction = SqliteConnection;
 
-    fn name(&self) -> &str {
-        "large"
-    }
-
-    fn filter(&self) -> Filter {
-        Filter::all()
-    }
-
-    async fn apply(&mut self, event: &RecordedEvent, tx: &mut SqliteConnection) -> Result<(), ApplyError> {
+    async fn apply(
+        &mut self,
+        _: AnyEvent,
+        event: &RecordedEvent,
+        tx: &mut SqliteConnection,
+    ) -> Result<(), ApplyError> {
         // SQLite takes the current size if the limit is lower.
         let full = self.0.load(Ordering::SeqCst);
         let limit = if full { "PRAGMA max_page_count = 1" } else { "PRAGMA max_page_count = 1000000" };

@@ -7,8 +7,8 @@ use sqlx::postgres::{PgConnection, PgPool, PgPoolOptions};
 use sqlx::sqlite::SqliteConnection;
 use storied::projection::{ApplyError, AtLeastOnce, Delivery, ReadModel, SqliteReadModel};
 use storied::{
-    EventStore, Filter, MemoryStore, Position, PostgresReadModel, PostgresStore, Projection, RecordedEvent,
-    SqliteStore,
+    AnyEvent, EventStore, Filter, MemoryStore, Position, PostgresReadModel, PostgresStore, Projection,
+    RecordedEvent, SqliteStore,
 };
 use tempfile::TempDir;
 
@@ -204,6 +204,8 @@ impl<P: Place> Writes<P> {
 }
 
 impl<P: Place> Projection for Writes<P> {
+    const NAME: &'static str = "writes";
+    type Event = AnyEvent;
     type Transaction = P::Tx;
 
     fn name(&self) -> &str {
@@ -214,7 +216,7 @@ impl<P: Place> Projection for Writes<P> {
         self.filter.clone()
     }
 
-    async fn apply(&mut self, event: &RecordedEvent, tx: &mut P::Tx) -> Result<(), ApplyError> {
+    async fn apply(&mut self, _: AnyEvent, event: &RecordedEvent, tx: &mut P::Tx) -> Result<(), ApplyError> {
         if P::TOGETHER {
             // Before the failure, which then has something to roll back.
             self.place.write(&self.table(), event.position, tx).await?;
