@@ -21,6 +21,8 @@
 //!     const CATEGORY: &'static str = "order";
 //! }
 //! ```
+//!
+//! A reader of several event types decodes them as an [`EventSet`].
 
 mod coding;
 mod error;

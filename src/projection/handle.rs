@@ -257,9 +257,8 @@ impl ProjectionHandle {
     /// between are applied as well, because they could not be applied later.
     ///
     /// # Errors
-    /// As [`trigger`](Self::trigger), and if the filter is invalid or the read model or the log cannot be read.
+    /// As [`trigger`](Self::trigger), and if the filter is invalid, or a read fails.
     pub async fn trigger_if(&self, filter: Filter) -> Result<bool, ControlError> {
-        filter.check().map_err(StoreError::from)?;
         self.prepared().await?;
         let mut after = None;
         for part in 0..self.count() {

@@ -112,6 +112,7 @@ macro_rules! event_store_suite {
                 the_log_is_read_in_pages,
                 filters_select,
                 empty_filter_lists_match_nothing,
+                invalid_filters_are_refused,
                 long_filter_lists_work,
                 large_events_come_in_small_pages,
                 the_scan_skips_other_events,

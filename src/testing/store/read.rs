@@ -5,7 +5,7 @@ use std::time::Duration;
 use super::Database;
 use super::fixture::{append_to, event, events, fill, ids, recorded_ids, scan, stream, whole_log};
 use crate::event::{Category, EventName, Position, RecordedEvent, StreamId, Version};
-use crate::store::{EventStore, ExpectedVersion, Filter, ReadLog};
+use crate::store::{EventStore, ExpectedVersion, Filter, ReadLog, StoreError};
 
 /// Checks that an empty store returns nothing, without an error.
 pub async fn an_empty_store_is_empty(database: Database) {
@@ -119,6 +119,18 @@ pub async fn filters_select(database: Database) {
         let late: Vec<_> =
             log[20..].iter().filter(|event| filter.matches(event)).map(|event| event.id).collect();
         assert_eq!(recorded_ids(&found), late, "{filter:?} from the middle");
+    }
+}
+
+/// Checks that a read with an invalid filter is refused, and does not look like an empty log.
+pub async fn invalid_filters_are_refused(database: Database) {
+    let store = database.open().await;
+    fill(&*store, &stream("a"), 3).await;
+    let filter = Filter::all().category("no name");
+    for read in [ReadLog::after(Position::START), ReadLog::after(Position::START).upto(Position::new(1))] {
+        let error = store.read_log(read.filter(filter.clone())).await.unwrap_err();
+        let StoreError::Invalid { reason } = &error else { panic!("{error}") };
+        assert!(reason.starts_with("invalid filter: invalid category \"no name\""), "{reason}");
     }
 }
 

@@ -35,6 +35,7 @@ async fn database() -> Database {
 async fn readers_find_the_same() {
     read::filters_select(database().await).await;
     read::empty_filter_lists_match_nothing(database().await).await;
+    read::invalid_filters_are_refused(database().await).await;
     read::long_filter_lists_work(database().await).await;
     read::large_events_come_in_small_pages(database().await).await;
     read::the_scan_skips_other_events(database().await).await;

@@ -22,8 +22,8 @@ use storied::bus::{JetStreamOptions, NatsOptions};
 use storied::projection::{BuildTarget, FollowMode, PerTarget};
 use storied::testing::Node;
 use storied::{
-    EventBus, EventStore, FeedOptions, Filter, Partition, Position, ProjectionHandle, ProjectionOptions,
-    PublisherOptions, ReadLog,
+    EventBus, EventSet, EventStore, FeedOptions, Filter, Partition, Position, ProjectionHandle,
+    ProjectionOptions, PublisherOptions, ReadLog,
 };
 use tokio::sync::Mutex;
 use tokio::time::timeout;
@@ -81,7 +81,12 @@ impl<P: Place> Scene<P> {
     }
 
     /// Starts a projection of the node.
-    async fn start(&self, node: &Node, writes: Writes<P>, options: ProjectionOptions) -> ProjectionHandle {
+    async fn start<E: EventSet>(
+        &self,
+        node: &Node,
+        writes: Writes<P, E>,
+        options: ProjectionOptions,
+    ) -> ProjectionHandle {
         node.projection(writes, self.place.model().await, options).await
     }
 

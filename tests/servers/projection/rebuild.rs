@@ -237,7 +237,7 @@ async fn a_failed_rebuild_does_not_affect_the_live_version() {
         let fixed = Versioned { version: 0, from: 1, hook };
         let handle = node.projection(fixed, database.open().await, options()).await;
         reach(&handle, ProjectionState::Failed).await;
-        assert!(handle.status().last_error.unwrap().contains("rebuildable"), "{kind}");
+        assert!(handle.status().last_error.unwrap().contains("PerTarget"), "{kind}");
         let whole = node.projection(table("whole"), database.open().await, options()).await;
         let delivered = node.projection(recorder("delivered"), AtLeastOnce::new(), options()).await;
         for handle in [whole, delivered] {

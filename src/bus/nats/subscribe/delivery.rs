@@ -7,7 +7,7 @@ use uuid::Uuid;
 
 use super::super::jetstream::{AckError, Acker};
 use super::super::limits::redelivery;
-use crate::event::{DecodeError, Event, Position, RecordedEvent};
+use crate::event::{DecodeError, Event, EventSet, Position, RecordedEvent};
 use crate::telemetry::trace::{self, Destination};
 
 /// An item of a subscription.
@@ -92,11 +92,11 @@ impl Delivery {
         self.event
     }
 
-    /// Decodes the event as `E`, after upcasting.
+    /// Decodes the event as an event type or a set of event types, after upcasting.
     ///
     /// # Errors
     /// As [`RecordedEvent::decode`].
-    pub fn decode<E: Event>(&self) -> Result<E, DecodeError> {
+    pub fn decode<S: EventSet>(&self) -> Result<S, DecodeError> {
         self.event.decode()
     }
 

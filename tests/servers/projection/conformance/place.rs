@@ -1,14 +1,15 @@
 //! Locations of read models, and a projection that records the received events there.
 
 use std::future::Future;
+use std::marker::PhantomData;
 use std::sync::{Arc, Mutex};
 
 use sqlx::postgres::{PgConnection, PgPool, PgPoolOptions};
 use sqlx::sqlite::SqliteConnection;
 use storied::projection::{ApplyError, AtLeastOnce, Delivery, ReadModel, SqliteReadModel};
 use storied::{
-    AnyEvent, EventStore, Filter, MemoryStore, Position, PostgresReadModel, PostgresStore, Projection,
-    RecordedEvent, SqliteStore,
+    AnyEvent, EventSet, EventStore, Filter, MemoryStore, Position, PostgresReadModel, PostgresStore,
+    Projection, RecordedEvent, SqliteStore,
 };
 use tempfile::TempDir;
 
@@ -170,19 +171,29 @@ impl InPostgres {
 }
 
 /// Records events under its name, and after a rebuild under its name and version.
-pub struct Writes<P> {
+pub struct Writes<P, E = AnyEvent> {
     place: P,
     name: String,
     version: u64,
     filter: Filter,
     hook: Hook,
+    event: PhantomData<fn(E)>,
 }
 
 impl<P: Place> Writes<P> {
     pub fn new(place: P, name: &str) -> Self {
-        Self { place, name: name.into(), version: 0, filter: Filter::all(), hook: hook(|_| Ok(())) }
+        let (name, hook, event) = (name.into(), hook(|_| Ok(())), PhantomData);
+        Self { place, name, version: 0, filter: Filter::all(), hook, event }
     }
 
+    /// Receives decoded events.
+    pub fn decoded<E: EventSet>(self) -> Writes<P, E> {
+        let Self { place, name, version, hook, .. } = self;
+        Writes { place, name, version, filter: Filter::of::<E>(), hook, event: PhantomData }
+    }
+}
+
+impl<P: Place, E: EventSet> Writes<P, E> {
     pub fn filter(self, filter: Filter) -> Self {
         Self { filter, ..self }
     }
@@ -203,9 +214,9 @@ impl<P: Place> Writes<P> {
     }
 }
 
-impl<P: Place> Projection for Writes<P> {
+impl<P: Place, E: EventSet> Projection for Writes<P, E> {
     const NAME: &'static str = "writes";
-    type Event = AnyEvent;
+    type Event = E;
     type Transaction = P::Tx;
 
     fn name(&self) -> &str {
@@ -216,7 +227,7 @@ impl<P: Place> Projection for Writes<P> {
         self.filter.clone()
     }
 
-    async fn apply(&mut self, _: AnyEvent, event: &RecordedEvent, tx: &mut P::Tx) -> Result<(), ApplyError> {
+    async fn apply(&mut self, _: E, event: &RecordedEvent, tx: &mut P::Tx) -> Result<(), ApplyError> {
         if P::TOGETHER {
             // Before the failure, which then has something to roll back.
             self.place.write(&self.table(), event.position, tx).await?;
