@@ -18,7 +18,7 @@ use crate::partition::{self, Partition};
 use crate::store::Filter;
 use crate::supervised::Supervised;
 
-/// A projection to register: an instance, or [`PerTarget`] for an instance per partition and version.
+/// A projection to register: an instance, or [`PerTarget`] for several.
 ///
 /// Implemented for every [`Projection`].
 pub trait IntoProjection {
