@@ -13,7 +13,9 @@ use sqlx::{AssertSqlSafe, Executor, PgConnection, PgPool};
 use storied::projection::{ApplyError, Projection, ProjectionState};
 use storied::store::{AppendError, Checkpoint, CheckpointKey, CommandRecord, ProgressWrite};
 use storied::{
-    Aggregate, AnyEvent, Context, Decided, Decision, Event, EventName, EventStore, ExecuteError, Filter, MemoryStore, NeverRejects, Position, PostgresOptions, PostgresReadModel, PostgresStore, ReadLog, RecordedEvent, Runtime, StoreError, Version,
+    Aggregate, AnyEvent, Context, Decided, Decision, Event, EventName, EventStore, ExecuteError, Filter,
+    MemoryStore, NeverRejects, Position, PostgresOptions, PostgresReadModel, PostgresStore, ReadLog,
+    RecordedEvent, Runtime, StoreError, Version,
 };
 use tokio::task::JoinSet;
 use uuid::Uuid;
