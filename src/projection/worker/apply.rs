@@ -61,7 +61,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
                 // Alone, so that its failure rolls back no other event.
                 1
             }
-            _ => suspected.min(self.size.get()),
+            _ => suspected.min(self.batching.size.get()),
         };
         let transaction_timeout = self.context.options.transaction_timeout;
         let begun = self
@@ -138,8 +138,8 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
     /// Returns whether an event made the transaction unusable, as far as one without events shows:
     /// `alone` states whether that one succeeded just now.
     fn is_of_event(&mut self, alone: bool) -> bool {
-        self.unusable = if alone { self.unusable.saturating_add(1) } else { 0 };
-        self.unusable >= UNUSABLE
+        self.batching.unusable = if alone { self.batching.unusable.saturating_add(1) } else { 0 };
+        self.batching.unusable >= UNUSABLE
     }
 
     /// Records which event failed, and the number of attempts.
@@ -197,7 +197,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
                 // event broke one. Nor does it report who made the transaction unusable.
                 match count {
                     1 => self.suspect_of(&pending, 0, &ApplyError::from(error.clone())),
-                    _ => self.size.one(),
+                    _ => self.batching.size.one(),
                 }
                 self.pending = Some(pending);
                 return;
@@ -208,7 +208,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
         }
         self.backoff.succeeded();
         let took = began.elapsed();
-        self.size.took(count, took);
+        self.batching.size.took(count, took);
         self.context.metrics.applied(&self.context.name, took);
         let last = pending.events.drain(..count).next_back();
         let oldest = last.map(|event| event.recorded_at);
@@ -226,7 +226,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
         count: impl FnOnce(&mut ProjectionStatus),
     ) {
         self.saved = Some(to);
-        self.unusable = 0;
+        self.batching.unusable = 0;
         self.applied = to.position;
         self.timing.applied();
         self.report_applied();

@@ -5,6 +5,23 @@ use std::time::Duration;
 use crate::event::RecordedEvent;
 use crate::projection::ProjectionOptions;
 
+/// Sizes of reads and transactions, and evidence against events.
+#[derive(Debug)]
+pub(super) struct Batching {
+    /// Number of events in a page of the store.
+    pub(super) page: PageSize,
+    /// Number of events in a transaction.
+    pub(super) size: BatchSize,
+    /// Number of transactions in a row that became unusable while one without events succeeded.
+    pub(super) unusable: u32,
+}
+
+impl Batching {
+    pub(super) fn new(options: &ProjectionOptions) -> Self {
+        Self { page: PageSize::new(options), size: BatchSize::new(options), unusable: 0 }
+    }
+}
+
 /// Initial size.
 const FIRST: usize = 50;
 

@@ -58,7 +58,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
                     Source::Feed => ProjectionState::Following,
                 });
                 let LogPage { mut events, scanned_to, head } = page;
-                self.page.saw(&events);
+                self.batching.page.saw(&events);
                 let upto = self.timing.goal().map_or(scanned_to, |goal| goal.min(scanned_to));
                 events.retain(|event| self.context.is_here(event) && event.position <= upto);
                 self.knows_of(head);
@@ -75,7 +75,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
     fn begin_to_read(&self, after: Position) -> PageAhead {
         let TaskConfig { filter, .. } = self.context;
         let upto = Position::new(after.get().saturating_add(self.scan));
-        let read = ReadLog::after(after).upto(upto).filter(filter.clone()).limit(self.page.get());
+        let read = ReadLog::after(after).upto(upto).filter(filter.clone()).limit(self.batching.page.get());
         let mut reading = JoinSet::new();
         reading.spawn(self.context.log.read(read, self.live_after));
         PageAhead { after, reading }
@@ -104,7 +104,8 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
             names: filter.names().map(|names| names.iter().cloned().collect()),
             categories: filter.categories().map(|categories| categories.iter().cloned().collect()),
         });
-        let durable = |followed| DurableFollower::new(followed, log.clone(), filter.clone(), self.page.get());
+        let durable =
+            |followed| DurableFollower::new(followed, log.clone(), filter.clone(), self.batching.page.get());
         // An error means that the bus was shut down.
         followed.map(|followed| Follower::Durable(Box::new(durable(followed)))).map_err(|error| {
             Interruption::Later { reason: format!("{} cannot be followed: {error}", bus.name()) }

@@ -1,5 +1,6 @@
 //! The cut-over: the rebuilt version becomes the live one, while the tasks of the live one wait.
 
+use std::mem::replace;
 use std::time::Duration;
 
 use tokio::time::{Instant, timeout};
@@ -41,28 +42,28 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
         if let Err(error) = self.go_on_switching().await {
             tracing::warn!(projection = self.context.name, %error, "could not cut over to the rebuilt version; retrying");
             self.context.status.send_modify(|status| status.last_error = Some(error.to_string()));
-            let wait = self.switch_backoff.next();
+            let wait = self.rebuild.backoff.next();
             self.switch_later(wait).await;
         }
     }
 
     async fn go_on_switching(&mut self) -> Result<(), ControlError> {
-        let since = match &self.switch {
-            Some(Switch::Waits { since, .. }) => Some(*since),
-            _ => None,
+        let since = match &self.rebuild.switch {
+            Switch::Waits { since, .. } => Some(*since),
+            Switch::None | Switch::Later(_) => None,
         };
         let (behind, is_advancing) = self.behind(since).await?;
-        match &self.switch {
-            Some(Switch::Later(at)) if *at > Instant::now() => {}
-            Some(Switch::Waits { since, .. }) => {
+        match &self.rebuild.switch {
+            Switch::Later(at) if *at > Instant::now() => {}
+            Switch::Waits { since, .. } => {
                 let waited = since.elapsed();
                 self.tick_at = Instant::now() + SWITCHING;
                 if behind == 0 {
                     self.cut_over().await?;
-                    self.switch_backoff.succeeded();
+                    self.rebuild.backoff.succeeded();
                     match self.announce("cut-over").await {
                         true => self.give_up_switching().await,
-                        false => self.switch = None,
+                        false => self.rebuild.switch = Switch::None,
                     }
                     self.reload();
                     self.tick_at = Instant::now();
@@ -72,7 +73,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
             }
             _ if behind == 0 || (behind <= NEAR && is_advancing) => {
                 let order = self.order().await?;
-                self.switch = Some(Switch::Waits { order, since: Instant::now() });
+                self.rebuild.switch = Switch::Waits { order, since: Instant::now() };
                 self.tick_at = Instant::now() + SWITCHING;
             }
             _ => {}
@@ -82,11 +83,11 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
 
     async fn switch_later(&mut self, wait: Duration) {
         self.give_up_switching().await;
-        self.switch = Some(Switch::Later(Instant::now() + wait));
+        self.rebuild.switch = Switch::Later(Instant::now() + wait);
     }
 
     pub(super) async fn give_up_switching(&mut self) {
-        if let Some(Switch::Waits { order, .. }) = self.switch.take() {
+        if let Switch::Waits { order, .. } = replace(&mut self.rebuild.switch, Switch::None) {
             if let Err(error) = self.context.store.release_lease(&order).await {
                 tracing::warn!(projection = self.context.name, %error, "could not release the order lease; the projection is held up until it expires");
             }
@@ -102,10 +103,11 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
         for (index, (old, new)) in layout.keys(live).zip(layout.keys(self.instance.version)).enumerate() {
             let old = self.read_model.checkpoint(&old).await?.position;
             let new = self.read_model.checkpoint(&new).await?.position;
-            if self.rebuild_progress.len() <= index {
-                self.rebuild_progress.push(RebuildProgress::default());
+            let progress = &mut self.rebuild.progress;
+            if progress.len() <= index {
+                progress.push(RebuildProgress::default());
             }
-            let pace = &mut self.rebuild_progress[index];
+            let pace = &mut progress[index];
             pace.at(new);
             if new < old {
                 most = most.max(old.get() - new.get());

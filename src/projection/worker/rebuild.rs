@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
+use crate::backoff::Backoff;
 use crate::event::Position;
 use crate::store::Lease;
 
@@ -14,9 +15,28 @@ const GETS_ON: Duration = Duration::from_secs(2);
 pub(super) const RETRY_PAUSE: Duration = Duration::from_secs(5);
 
 /// First and maximum pause between repeated cut-over attempts.
-pub(super) const SWITCH_BACKOFF: (Duration, Duration) = (RETRY_PAUSE, Duration::from_secs(60));
+const SWITCH_BACKOFF: (Duration, Duration) = (RETRY_PAUSE, Duration::from_secs(60));
 
+/// A rebuild, on its way to the cut-over.
+pub(super) struct Rebuild {
+    /// Progress of the parts.
+    pub(super) progress: Vec<RebuildProgress>,
+    pub(super) switch: Switch,
+    /// Backoff after a failed cut-over.
+    pub(super) backoff: Backoff,
+}
+
+impl Rebuild {
+    pub(super) fn new() -> Self {
+        let (first, max) = SWITCH_BACKOFF;
+        Self { progress: Vec::new(), switch: Switch::None, backoff: Backoff::new(first, max) }
+    }
+}
+
+/// The state of a cut-over.
 pub(super) enum Switch {
+    /// The rebuilt version is not near the live one.
+    None,
     /// The live version waits.
     Waits { order: Lease, since: Instant },
     /// The wait was in vain; earliest time of the next one.

@@ -163,7 +163,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
 
     /// Applies pending events. Aborts at the time limit of a transaction or a loss of the lease.
     async fn apply_in_time(&mut self, saved: Checkpoint, pending: Pending) {
-        let events = pending.events.iter().take(self.size.get());
+        let events = pending.events.iter().take(self.batching.size.get());
         let span = trace::apply(&self.context.name, events.len(), events);
         // If the database hangs longer than the other nodes wait for this one, abort.
         let loss = self.lease.as_ref().map(HeldLease::loss);

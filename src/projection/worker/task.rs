@@ -4,12 +4,12 @@ use std::collections::VecDeque;
 
 use tokio::time::Instant;
 
-use super::batch::{BatchSize, PageSize};
+use super::batch::Batching;
 use super::context::{TaskConfig, VersionedProjection};
 use super::live::Follower;
 use super::news::News;
 use super::page_ahead::PageAhead;
-use super::rebuild::{RebuildProgress, SWITCH_BACKOFF, Switch};
+use super::rebuild::Rebuild;
 use super::snapshotting::Snapshotting;
 use super::timing::Timing;
 use crate::backoff::Backoff;
@@ -74,12 +74,7 @@ pub(super) struct ProjectionTask<'a, P, R> {
     pub(super) fits: bool,
     /// Whether there is nothing to rebuild.
     pub(super) dormant: bool,
-    /// Set during a cut-over.
-    pub(super) switch: Option<Switch>,
-    /// Backoff after a failed cut-over.
-    pub(super) switch_backoff: Backoff,
-    /// Progress of the parts of the rebuild.
-    pub(super) rebuild_progress: Vec<RebuildProgress>,
+    pub(super) rebuild: Rebuild,
     /// The persisted pause at the last check; nothing is applied before it is known.
     pub(super) paused: Option<bool>,
     /// Time of the last pause or resume call: earlier lease views are older than that.
@@ -127,12 +122,7 @@ pub(super) struct ProjectionTask<'a, P, R> {
     /// Schedule state: when pending events are applied, and whether to read on.
     pub(super) timing: Timing,
     pub(super) suspect: Option<Suspect>,
-    /// Number of transactions in a row that became unusable while one without events succeeded.
-    pub(super) unusable: u32,
-    /// Number of events in a page of the store.
-    pub(super) page: PageSize,
-    /// Number of events in a transaction.
-    pub(super) size: BatchSize,
+    pub(super) batching: Batching,
     /// Backoff for failures of the store and the read model, which no event caused.
     pub(super) backoff: Backoff,
     /// Earliest time of the next attempt after such a failure.
@@ -168,9 +158,7 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTa
             snapshotting: Snapshotting::new(context, read_model),
             fits: false,
             dormant: false,
-            switch: None,
-            switch_backoff: Backoff::new(SWITCH_BACKOFF.0, SWITCH_BACKOFF.1),
-            rebuild_progress: Vec::new(),
+            rebuild: Rebuild::new(),
             paused: None,
             paused_at: None,
             change_in_progress: false,
@@ -193,9 +181,7 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTa
             applying: None,
             timing: Timing::default(),
             suspect: None,
-            unusable: 0,
-            page: PageSize::new(&context.options),
-            size: BatchSize::new(&context.options),
+            batching: Batching::new(&context.options),
             backoff: Backoff::new(first, max),
             wait_until: now,
             tick_at: now,

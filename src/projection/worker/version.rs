@@ -50,8 +50,8 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
             instance.projection = make(version);
             instance.version = version;
             // The progress of another version does not apply to this one.
-            self.rebuild_progress.clear();
-            self.switch_backoff.succeeded();
+            self.rebuild.progress.clear();
+            self.rebuild.backoff.succeeded();
             context.status.send_modify(|status| status.measured = None);
         }
         self.key = context.layout.key(context.partition, version);
