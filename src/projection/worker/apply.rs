@@ -206,7 +206,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
         if let Err(error) = ended {
             return self.on_checkpoint_error(error);
         }
-        self.backoff.succeeded();
+        self.retry.succeeded();
         let took = began.elapsed();
         self.batching.size.took(count, took);
         self.context.metrics.applied(&self.context.name, took);
@@ -290,7 +290,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
                 "skipped an event with an unknown name"
             );
         }
-        self.backoff.succeeded();
+        self.retry.succeeded();
         let last = pending.events.pop_front().map(|event| event.recorded_at);
         self.committed(to, pending, last, |status| {
             *if parks { &mut status.events_parked } else { &mut status.events_skipped } += 1;

@@ -50,7 +50,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
                 self.scan = if hole { self.scan.saturating_mul(2) } else { SCAN };
                 if page.events.is_empty() {
                     // Otherwise only after the commit: a readable database may still reject writes.
-                    self.backoff.succeeded();
+                    self.retry.succeeded();
                 }
                 self.source = if page.has_more() { Source::Store } else { Source::Feed };
                 self.context.set(match self.source {

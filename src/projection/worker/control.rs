@@ -49,7 +49,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
     }
 
     async fn take_paused(&mut self, paused: bool) -> Result<(), ControlError> {
-        self.paused_at = Some(Instant::now());
+        self.operators.paused_at = Some(Instant::now());
         self.set_paused(paused).await;
         if !paused {
             self.retry_now();
@@ -58,7 +58,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
     }
 
     pub(super) async fn set_paused(&mut self, paused: bool) {
-        self.paused = Some(paused);
+        self.operators.pause = paused.into();
         if paused {
             self.restart();
             self.flush().await;
@@ -72,8 +72,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
 
     /// Retries after an operator's action: a permanent failure may be resolved.
     pub(super) fn retry_now(&mut self) {
-        self.wait_until = Instant::now();
-        self.backoff.succeeded();
+        self.retry.now();
         if self.failed {
             self.failed = false;
             self.context.set(ProjectionState::Starting);
@@ -110,7 +109,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
         let TaskConfig { store, name, lease_watcher, .. } = self.context;
         let changed = store.control(name, change).await?;
         if matches!(change, ControlChange::Announce | ControlChange::Resume) {
-            self.own_changes.push(changed.changes);
+            self.operators.changes.own.push(changed.changes);
         }
         lease_watcher.hint();
         Ok(())

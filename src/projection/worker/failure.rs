@@ -3,8 +3,6 @@
 use std::error::Error;
 use std::time::Duration;
 
-use tokio::time::Instant;
-
 use super::task::ProjectionTask;
 use crate::projection::interruption::Interruption;
 use crate::projection::{Projection, ProjectionState, ReadModel};
@@ -82,8 +80,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
     }
 
     pub(super) fn schedule_retry(&mut self, error: &(dyn Error + 'static)) {
-        let wait = self.backoff.next();
-        self.wait_until = Instant::now() + wait;
+        let wait = self.retry.later();
         let projection = &self.context.name;
         tracing::warn!(projection, %error, ?wait, "retrying after a failure of the store or the read model");
         self.context.fail(ProjectionState::Retrying, error.to_string());

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
+use super::operators::Due;
 use super::task::ProjectionTask;
 use crate::event::Position;
 use crate::partition::Partition;
@@ -29,7 +30,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
         let context = self.context;
         let first = context.partition.is_none_or(|partition| partition.index() == 0);
         if context.role != Role::Live || !first || !self.read_model.shared() {
-            self.requests_due = false;
+            self.operators.requests = Due(None);
             return Ok(());
         }
         if self.lease.is_none() && !self.looks_free() {
@@ -49,7 +50,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
             };
             self.answer(stored, done).await?;
         }
-        self.requests_due = false;
+        self.operators.requests = Due(None);
         Ok(())
     }
 
@@ -57,7 +58,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
     pub(super) async fn see_to_retries(&mut self) -> Result<(), Interruption> {
         let context = self.context;
         if context.role != Role::Live || !self.read_model.shared() {
-            self.retries_due = false;
+            self.operators.retries = Due(None);
             return Ok(());
         }
         let mut from = Position::START;
@@ -90,7 +91,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
                 break;
             }
         }
-        self.retries_due = false;
+        self.operators.retries = Due(None);
         Ok(())
     }
 
@@ -103,12 +104,12 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
     /// Records that a request cannot be completed yet; returns the time of the next attempt.
     ///
     /// Other work continues meanwhile.
-    pub(super) fn put_off(&self, error: &Interruption) -> Instant {
+    pub(super) fn put_off(&self, error: &Interruption) -> Due {
         let projection = &self.context.name;
         tracing::warn!(projection, %error, again = ?RETRY_PAUSE, "could not complete an operator request; retrying");
         let error = format!("completing an operator request failed: {error}; retrying");
         self.context.status.send_modify(|status| status.last_error = Some(error));
-        Instant::now() + RETRY_PAUSE
+        Due(Some(Instant::now() + RETRY_PAUSE))
     }
 
     /// Records a refusal with its reason, if the request still exists.

@@ -5,6 +5,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::context::TaskConfig;
+use super::operators::{NewChanges, Operators, Pause};
 use super::task::ProjectionTask;
 use crate::event::Position;
 use crate::lease::{HeldLease, LeaseView, Observation};
@@ -23,7 +24,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
             permit.mark_unchanged();
         }
         if let Some(error) = error {
-            if self.paused.is_none() {
+            if self.operators.pause == Pause::Unknown {
                 return self.schedule_retry(&error);
             }
             let error = format!("reading the pauses failed: {error}");
@@ -34,7 +35,8 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
         }
         let Some(view) = view else { return };
         let paused = view.control(&self.context.name).paused;
-        if self.paused != Some(paused) && self.paused_at.is_none_or(|paused_at| paused_at <= view.asked) {
+        let Operators { pause, paused_at, .. } = self.operators;
+        if pause != paused.into() && paused_at.is_none_or(|paused_at| paused_at <= view.asked) {
             self.set_paused(paused).await;
         }
         if self.read_model.shared() {
@@ -45,26 +47,16 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
 
     /// Processes a change on any node: reads the state again and retries failures.
     fn heed(&mut self, view: &LeaseView) {
-        let stopped = std::mem::replace(
-            &mut self.change_in_progress,
-            view.owner(&self.context.layout.order()).is_some(),
-        );
-        // A node that dies after its change does not count it.
-        let ended = stopped && !self.change_in_progress;
+        let in_progress = view.owner(&self.context.layout.order()).is_some();
         let changes = view.control(&self.context.name).changes;
-        let own = self.own_changes.extract_if(.., |change| *change <= changes).count() as u64;
-        let new = self.seen_changes.replace(changes).map_or(0, |seen| changes.saturating_sub(seen));
-        if new > own {
-            // Another node made the change: there may be new operator requests.
-            self.requests_at = Instant::now();
-            self.retries_at = Instant::now();
+        let operators = &mut self.operators;
+        match operators.changes.observe(in_progress, changes) {
+            NewChanges::None => return,
+            NewChanges::Own => operators.expect_requests(),
+            NewChanges::Foreign => operators.request_now(),
         }
-        if new > 0 || ended {
-            self.reload();
-            self.retry_now();
-            self.requests_due = true;
-            self.retries_due = true;
-        }
+        self.reload();
+        self.retry_now();
     }
 
     /// Continues from the stored checkpoint.
@@ -105,7 +97,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
                     self.lease = Some(lease);
                     self.saved = None;
                     // A request that came while no node was responsible.
-                    (self.requests_due, self.retries_due) = (true, true);
+                    self.operators.expect_requests();
                     return context.lease_watcher.hint();
                 }
                 Ok(None) => context.lease_watcher.hint(),
@@ -129,12 +121,12 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
             }
             self.read_owner_at = Instant::now() + context.lease_watcher.poll_interval();
         }
-        context.set(if self.paused == Some(true) {
+        context.set(if self.operators.pause == Pause::Paused {
             ProjectionState::Paused
         } else {
             ProjectionState::Standby
         });
-        self.backoff.succeeded();
+        self.retry.succeeded();
         self.idle(if free { self.acquire_at.min(self.read_owner_at) } else { self.read_owner_at }).await;
     }
 
@@ -199,7 +191,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
         match self.claim().await {
             Ok(Some(checkpoint)) => self.begin_at(checkpoint),
             Ok(None) => {
-                self.change_in_progress = true;
+                self.operators.changes.in_progress = true;
                 self.context.lease_watcher.hint();
             }
             Err(error) => self.on_checkpoint_error(error),

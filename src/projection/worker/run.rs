@@ -7,6 +7,7 @@ use tokio::time::{Instant, sleep, timeout};
 use tracing::Instrument;
 
 use super::live::Follower;
+use super::operators::Pause;
 use super::task::{Pending, ProjectionTask, Source};
 use super::wait::{WaitOutcome, wait_for_input};
 use crate::event::Position;
@@ -94,24 +95,23 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
 
     /// Does the next due step. Short, except for the user's own code.
     async fn step(&mut self) {
-        if self.wait_until > Instant::now() {
-            return self.idle(self.wait_until).await;
+        if let Some(until) = self.retry.waits_until() {
+            return self.idle(until).await;
         }
         if std::mem::take(&mut self.release_lease)
             && let Some(lease) = self.lease.take()
         {
             lease.release().await;
         }
-        if self.change_in_progress && self.context.role == Role::Live {
+        if self.operators.changes.in_progress && self.context.role == Role::Live {
             return self.idle(self.tick_at).await;
         }
         // Before the check whether the read model fits, and also if it does not: a reset may make
         // it fit.
-        if self.requests_due
-            && self.requests_at <= Instant::now()
+        if self.operators.requests.is_due()
             && let Err(error) = self.see_to_requests().await
         {
-            self.requests_at = self.put_off(&error);
+            self.operators.requests = self.put_off(&error);
         }
         if self.failed {
             self.context.set(ProjectionState::Failed);
@@ -127,19 +127,18 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
             return self.stand_by().await;
         }
         let Some(saved) = self.saved else { return self.load().await };
-        if self.retries_due
-            && self.retries_at <= Instant::now()
+        if self.operators.retries.is_due()
             && let Err(error) = self.see_to_retries().await
         {
-            self.retries_at = self.put_off(&error);
+            self.operators.retries = self.put_off(&error);
         }
-        match self.paused {
-            Some(false) => {}
-            Some(true) => {
+        match self.operators.pause {
+            Pause::Running => {}
+            Pause::Paused => {
                 self.context.set(ProjectionState::Paused);
                 return self.idle(self.tick_at).await;
             }
-            None => return self.idle(self.tick_at).await,
+            Pause::Unknown => return self.idle(self.tick_at).await,
         }
         match self.is_due().await {
             Ok(true) => {}

@@ -8,11 +8,12 @@ use super::batch::Batching;
 use super::context::{TaskConfig, VersionedProjection};
 use super::live::Follower;
 use super::news::News;
+use super::operators::Operators;
 use super::page_ahead::PageAhead;
 use super::rebuild::Rebuild;
+use super::retry::Retry;
 use super::snapshotting::Snapshotting;
 use super::timing::Timing;
-use crate::backoff::Backoff;
 use crate::event::{Position, RecordedEvent};
 use crate::lease::HeldLease;
 use crate::projection::control::Control;
@@ -75,24 +76,7 @@ pub(super) struct ProjectionTask<'a, P, R> {
     /// Whether there is nothing to rebuild.
     pub(super) dormant: bool,
     pub(super) rebuild: Rebuild,
-    /// The persisted pause at the last check; nothing is applied before it is known.
-    pub(super) paused: Option<bool>,
-    /// Time of the last pause or resume call: earlier lease views are older than that.
-    pub(super) paused_at: Option<Instant>,
-    /// Whether a node changes shared state of the projection; nothing is applied meanwhile.
-    pub(super) change_in_progress: bool,
-    /// Number of changes in the last lease view; `None` before the first one.
-    pub(super) seen_changes: Option<u64>,
-    /// Whether there may be operator requests for a reset or a rebuild.
-    pub(super) requests_due: bool,
-    /// Whether there may be operator requests to retry parked events.
-    pub(super) retries_due: bool,
-    /// Earliest time of the next attempt at resets and rebuilds.
-    pub(super) requests_at: Instant,
-    /// Earliest time of the next attempt at retries of parked events.
-    pub(super) retries_at: Instant,
-    /// Numbers of this task's own changes that it has not processed yet.
-    pub(super) own_changes: Vec<u64>,
+    pub(super) operators: Operators,
     /// Whether the projection stopped until an operator acts. In memory only: a restart clears it.
     pub(super) failed: bool,
     /// Whether to release the lease: the failure may be this node's only, so another node may
@@ -124,9 +108,7 @@ pub(super) struct ProjectionTask<'a, P, R> {
     pub(super) suspect: Option<Suspect>,
     pub(super) batching: Batching,
     /// Backoff for failures of the store and the read model, which no event caused.
-    pub(super) backoff: Backoff,
-    /// Earliest time of the next attempt after such a failure.
-    pub(super) wait_until: Instant,
+    pub(super) retry: Retry,
     /// Time of the next [`tick`](Self::tick).
     pub(super) tick_at: Instant,
     /// Earliest time of the next attempt to acquire the lease, after a lost race or a loss.
@@ -144,7 +126,6 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTa
         read_model: &'a R,
         inbox: Inbox<Control>,
     ) -> Self {
-        let (first, max) = context.options.backoff;
         let now = Instant::now();
         Self {
             context,
@@ -159,15 +140,7 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTa
             fits: false,
             dormant: false,
             rebuild: Rebuild::new(),
-            paused: None,
-            paused_at: None,
-            change_in_progress: false,
-            seen_changes: None,
-            requests_due: true,
-            retries_due: true,
-            requests_at: now,
-            retries_at: now,
-            own_changes: Vec::new(),
+            operators: Operators::new(),
             failed: false,
             release_lease: false,
             saved: None,
@@ -182,8 +155,7 @@ impl<'a, P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTa
             timing: Timing::default(),
             suspect: None,
             batching: Batching::new(&context.options),
-            backoff: Backoff::new(first, max),
-            wait_until: now,
+            retry: Retry::new(context.options.backoff),
             tick_at: now,
             acquire_at: now,
             read_owner_at: now,
