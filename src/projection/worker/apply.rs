@@ -4,10 +4,11 @@ use chrono::{DateTime, Utc};
 use tokio::time::Instant;
 
 use super::change::GRACE;
-use super::task::{Pending, ProjectionTask, Suspect};
+use super::reading::{Pending, Suspect};
+use super::task::ProjectionTask;
 use super::user_code::{apply, is_outage};
 use crate::backoff::Backoff;
-use crate::event::{DecodeError, DecodeErrorKind, RecordedEvent};
+use crate::event::{DecodeError, DecodeErrorKind, Position, RecordedEvent};
 use crate::projection::{
     ApplyError, FailurePolicy, Projection, ProjectionState, ProjectionStatus, ReadModel, UnknownNames,
 };
@@ -42,7 +43,8 @@ async fn commits_without_events(read_model: &impl ReadModel, key: &CheckpointKey
 impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'_, P, R> {
     /// Returns the time of the next attempt, if the first pending event has failed and must wait.
     pub(super) fn left_alone(&self) -> Option<Instant> {
-        let (suspect, first) = (self.suspect.as_ref()?, self.pending.as_ref()?.events.front()?);
+        let reading = self.state.reading()?;
+        let (suspect, first) = (reading.suspect.as_ref()?, reading.pending.as_ref()?.events.front()?);
         let retryable = !suspect.permanent && suspect.attempts < self.context.options.attempts;
         (retryable && first.position >= suspect.position && suspect.retry_at > Instant::now())
             .then_some(suspect.retry_at)
@@ -50,10 +52,10 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
 
     /// Applies as many of the pending events as fit into one transaction.
     pub(super) async fn apply_pending(&mut self, saved: Checkpoint, pending: Pending) {
-        let suspected = self.suspect.as_ref().map_or(pending.events.len(), |suspect| {
+        let suspected = self.state.suspect().map_or(pending.events.len(), |suspect| {
             pending.events.partition_point(|event| event.position < suspect.position)
         });
-        let count = match &self.suspect {
+        let count = match self.state.suspect() {
             Some(suspect) if suspected == 0 => {
                 if suspect.permanent || suspect.attempts >= self.context.options.attempts {
                     return self.give_up(saved, pending).await;
@@ -71,7 +73,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
         let mut open = match begun {
             Ok(open) => open,
             Err(error) => {
-                self.pending = Some(pending);
+                self.state.set_pending(pending);
                 return self.on_unavailable(&error);
             }
         };
@@ -85,7 +87,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
             if applied > 0 && (began.elapsed() >= enough || self.inbox.is_stopping()) {
                 break;
             }
-            self.applying = Some(event.position);
+            self.set_applying(Some(event.position));
             let transaction = self.read_model.transaction(&mut open);
             match apply(&mut self.instance.projection, event, transaction).await {
                 Ok(()) => applied += 1,
@@ -95,7 +97,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
                 }
             }
         }
-        self.applying = None;
+        self.set_applying(None);
         let Some(error) = failure else { return self.commit(open, saved, pending, applied, began).await };
         let mut outage = is_outage(&error);
         if self.read_model.rolls_back() {
@@ -107,7 +109,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
             if !outage {
                 self.suspect_of(&pending, applied, &error);
             }
-            self.pending = Some(pending);
+            self.state.set_pending(pending);
         } else {
             if !outage {
                 self.suspect_of(&pending, applied, &error);
@@ -115,16 +117,22 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
             if applied > 0 {
                 self.commit(open, saved, pending, applied, began).await;
                 // Otherwise the commit has failed, and its error decides about the retry.
-                if self.saved.is_none() {
+                if self.state.owning().is_none() {
                     return;
                 }
             } else {
-                self.pending = Some(pending);
+                self.state.set_pending(pending);
                 self.roll_back(open).await;
             }
         }
         if outage {
             self.on_unavailable(&*error);
+        }
+    }
+
+    fn set_applying(&mut self, event: Option<Position>) {
+        if let Some(reading) = self.state.reading_mut() {
+            reading.applying = event;
         }
     }
 
@@ -138,15 +146,16 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
     /// Returns whether an event made the transaction unusable, as far as one without events shows:
     /// `alone` states whether that one succeeded just now.
     fn is_of_event(&mut self, alone: bool) -> bool {
-        self.batching.unusable = if alone { self.batching.unusable.saturating_add(1) } else { 0 };
-        self.batching.unusable >= UNUSABLE
+        let unusable = &mut self.batching.unusable;
+        *unusable = if alone { unusable.saturating_add(1) } else { 0 };
+        *unusable >= UNUSABLE
     }
 
     /// Records which event failed, and the number of attempts.
     fn suspect_of(&mut self, pending: &Pending, index: usize, error: &ApplyError) {
         let Some(event) = pending.events.get(index) else { return };
         let options = &self.context.options;
-        let before = self.suspect.take().filter(|suspect| suspect.position == event.position);
+        let before = self.state.suspect().filter(|suspect| suspect.position == event.position);
         let attempts = before.map_or(0, |suspect| suspect.attempts) + 1;
         let (first, max) = options.backoff;
         let mut backoff = Backoff::new(first.saturating_mul(2_u32.saturating_pow(attempts - 1)), max);
@@ -162,14 +171,17 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
             event.name, event.position, event.version, event.stream
         );
         self.context.fail(ProjectionState::Retrying, text);
-        self.suspect = Some(Suspect {
+        let suspect = Suspect {
             position: event.position,
             attempts,
             error: error.to_string(),
             permanent: undecodable.is_some(),
             unknown_event,
             retry_at: Instant::now() + backoff.next(),
-        });
+        };
+        if let Some(reading) = self.state.reading_mut() {
+            reading.suspect = Some(suspect);
+        }
     }
 
     /// Commits the first `count` pending events in a transaction that began at `began`.
@@ -199,7 +211,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
                     1 => self.suspect_of(&pending, 0, &ApplyError::from(error.clone())),
                     _ => self.batching.size.one(),
                 }
-                self.pending = Some(pending);
+                self.state.set_pending(pending);
                 return;
             }
         }
@@ -225,19 +237,15 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
         last: Option<DateTime<Utc>>,
         count: impl FnOnce(&mut ProjectionStatus),
     ) {
-        self.saved = Some(to);
+        self.state.committed(to);
         self.batching.unusable = 0;
-        self.applied = to.position;
         self.timing.applied();
         self.report_applied();
-        if self.suspect.as_ref().is_some_and(|suspect| suspect.position <= to.position) {
-            self.suspect = None;
-        }
         self.context.status.send_modify(|status| {
             count(status);
             let next = left.events.front().map(|event| event.recorded_at);
             status.moved_to(to.position, next.or(last));
-            if self.suspect.is_none() && status.state == ProjectionState::Retrying {
+            if self.state.suspect().is_none() && status.state == ProjectionState::Retrying {
                 status.state = ProjectionState::CatchingUp;
             }
         });
@@ -245,13 +253,13 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
             // After the last event, there may have been events of other projections.
             self.enqueue(left.events, left.upto);
         } else {
-            self.pending = Some(left);
+            self.state.set_pending(left);
         }
     }
 
     /// Stops before the first pending event, or skips or parks it, as the options say.
     async fn give_up(&mut self, saved: Checkpoint, mut pending: Pending) {
-        let (Some(suspect), Some(event)) = (&self.suspect, pending.events.front()) else { return };
+        let (Some(suspect), Some(event)) = (self.state.suspect(), pending.events.front()) else { return };
         let context = self.context;
         let (name, attempts, error) = (&context.name, suspect.attempts, &suspect.error);
         let parked = if suspect.unknown_event {
@@ -269,7 +277,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
         let open = match self.read_model.begin(name, saved, None).await {
             Ok(open) => open,
             Err(error) => {
-                self.pending = Some(pending);
+                self.state.set_pending(pending);
                 return self.on_unavailable(&error);
             }
         };

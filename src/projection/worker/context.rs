@@ -119,6 +119,22 @@ impl TaskConfig {
         });
     }
 
+    pub(super) fn moved_to(&self, position: Position) {
+        self.status.send_if_modified(|status| {
+            let news = status.position != position;
+            status.moved_to(position, None);
+            news
+        });
+    }
+
+    pub(super) fn knows_of(&self, head: Position) {
+        self.status.send_if_modified(|status| {
+            let news = Some(head) > status.head;
+            status.knows_of(head);
+            news
+        });
+    }
+
     pub(super) fn fail(&self, state: ProjectionState, error: String) {
         self.status.send_modify(|status| {
             status.state = state;

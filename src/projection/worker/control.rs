@@ -11,7 +11,7 @@ use uuid::Uuid;
 
 use super::change::{Change, ORDER, blame, interrupted, is_momentary, refused};
 use super::context::TaskConfig;
-use super::task::ProjectionTask;
+use super::task::{Preparation, ProjectionTask};
 use super::user_code::{apply, catch_panic};
 use crate::backoff::Backoff;
 use crate::event::{Position, RecordedEvent};
@@ -60,22 +60,25 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
     pub(super) async fn set_paused(&mut self, paused: bool) {
         self.operators.pause = paused.into();
         if paused {
-            self.restart();
+            self.state.pause();
             self.flush().await;
+        } else {
+            self.state.resume();
         }
-        // A starting or failed task reports its own state.
-        let standby = self.read_model.shared() && self.lease.is_none();
-        if self.prepared && !self.failed && (self.saved.is_some() || standby) {
-            self.context.set(if paused { ProjectionState::Paused } else { ProjectionState::Starting });
+        if self.preparation == Preparation::Done && self.state.shows_pause(self.read_model.shared()) {
+            match paused {
+                true => self.show(),
+                // The next step shows more.
+                false => self.context.set(ProjectionState::Starting),
+            }
         }
     }
 
     /// Retries after an operator's action: a permanent failure may be resolved.
     pub(super) fn retry_now(&mut self) {
         self.retry.now();
-        if self.failed {
-            self.failed = false;
-            self.context.set(ProjectionState::Starting);
+        if self.state.retry() {
+            self.show();
         }
     }
 
@@ -184,7 +187,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
     /// Restarts from the emptied read model.
     fn begin_anew(&mut self) {
         self.reload();
-        self.moved_to(Position::START);
+        self.context.moved_to(Position::START);
         self.retry_now();
     }
 

@@ -8,7 +8,7 @@ use tokio::time::{Instant, timeout};
 use super::change::{GRACE, blame, refused, versions_changed};
 use super::context::TaskConfig;
 use super::rebuild::{RETRY_PAUSE, RebuildProgress, Switch};
-use super::task::{ProjectionTask, Source};
+use super::task::ProjectionTask;
 use super::user_code::catch_panic;
 use crate::projection::{ControlError, Projection, ReadModel};
 use crate::store::{Checkpoint, ProgressWrite, StoreError, StoredProjection};
@@ -31,12 +31,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
     /// Cuts over if the rebuilt version has caught up. One partition acts for all.
     pub(super) async fn consider_switching(&mut self) {
         let first = self.context.partition.is_none_or(|partition| partition.index() == 0);
-        let ready = first
-            && !self.dormant
-            && self.lease.is_some()
-            && self.saved.is_some()
-            && self.source == Source::Feed;
-        if !ready {
+        if !first || self.state.lease().is_none() || !self.state.is_live() {
             return self.give_up_switching().await;
         }
         if let Err(error) = self.go_on_switching().await {

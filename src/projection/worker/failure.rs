@@ -10,9 +10,8 @@ use crate::store::StoreError;
 
 impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'_, P, R> {
     pub(super) fn stop(&mut self) {
-        self.failed = true;
-        self.restart();
-        self.context.set(ProjectionState::Failed);
+        self.state.stop();
+        self.show();
     }
 
     pub(super) async fn roll_back(&mut self, open: R::Open) {
@@ -28,8 +27,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
             Interruption::Fenced { reason } => self.step_down(&reason),
             interruption @ (Interruption::Store(_) | Interruption::Later { .. }) => {
                 // Reading the checkpoint shows whether it was moved.
-                self.saved = None;
-                self.restart();
+                self.state.lose_checkpoint();
                 self.on_interruption(&interruption);
             }
         }
@@ -60,13 +58,16 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
         self.context.status.send_modify(|status| status.fits = false);
         self.reload();
         self.stop();
-        self.release_lease = true;
+        // The failure may be this node's only, so another node may succeed.
+        if let Some(lease) = self.state.leave() {
+            self.takeover.released = Some(lease);
+        }
     }
 
     /// Handles pending work that exceeded its time limit and was dropped, with its connection, if
     /// any.
     pub(super) fn overran(&mut self, limit: Duration) {
-        let doing = match self.applying.take() {
+        let doing = match self.state.reading_mut().and_then(|reading| reading.applying.take()) {
             Some(position) => format!("applying the event at position {position}"),
             None => "beginning or committing a transaction".to_owned(),
         };
@@ -74,8 +75,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
             "{doing} failed: not done within {limit:?}; the transaction was aborted and is retried (ProjectionOptions::transaction_timeout)"
         );
         // Reading the checkpoint shows whether it was committed.
-        self.saved = None;
-        self.restart();
+        self.state.lose_checkpoint();
         self.schedule_retry(&Interruption::Later { reason });
     }
 

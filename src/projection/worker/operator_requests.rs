@@ -33,7 +33,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
             self.operators.requests = Due(None);
             return Ok(());
         }
-        if self.lease.is_none() && !self.looks_free() {
+        if self.state.lease().is_none() && !self.looks_free() {
             return Ok(());
         }
         self.create().await?;

@@ -1,20 +1,16 @@
 //! Lease handling: standby, takeover, handover, loss.
 
-use std::time::Duration;
-
 use tokio::time::Instant;
 
 use super::context::TaskConfig;
 use super::operators::{NewChanges, Operators, Pause};
+use super::takeover::Takeover;
 use super::task::ProjectionTask;
 use crate::event::Position;
 use crate::lease::{HeldLease, LeaseView, Observation};
 use crate::projection::interruption::Interruption;
 use crate::projection::{Projection, ProjectionState, ReadModel};
 use crate::store::{Checkpoint, CheckpointError, ProgressWrite, StoreError};
-
-/// Maximum pause before the next attempt to acquire a lease that is taken or was lost.
-const LEAVE_ALONE: Duration = Duration::from_millis(250);
 
 impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'_, P, R> {
     /// Processes the lease view: pauses, owners, and changes by other nodes.
@@ -30,7 +26,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
             let error = format!("reading the pauses failed: {error}");
             self.context.status.send_modify(|status| status.last_error = Some(error));
         }
-        if self.lease.is_some() && !self.news.permits() {
+        if self.state.lease().is_some() && !self.news.permits() {
             self.hand_over().await;
         }
         let Some(view) = view else { return };
@@ -63,25 +59,23 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
     pub(super) fn reload(&mut self) {
         // The lag is unknown until the checkpoint is read.
         self.context.status.send_if_modified(|status| std::mem::take(&mut status.located));
-        self.fits = false;
-        self.saved = None;
+        self.state.reload();
         self.timing.forget();
-        self.restart();
     }
 
     /// Waits while another node owns, or should own, the read model.
     pub(super) async fn stand_by(&mut self) {
         let context = self.context;
         let mut free = self.news.permits() && self.looks_free();
-        let permit = match free && self.acquire_at <= Instant::now() {
+        let permit = match free && self.takeover.acquire_at <= Instant::now() {
             true => context.lease_watcher.permit_to_acquire().await,
             false => None,
         };
         // The wait for the permit may have been long.
         free = self.news.permits() && self.looks_free();
         if let Some(_permit) = permit.filter(|_| free) {
-            self.leave_alone();
             let (ttl, metrics) = (context.options.lease, &context.metrics);
+            self.takeover.leave_alone(ttl);
             let view = context.lease_watcher.view();
             let abandoned = view.as_ref().and_then(|view| view.abandoned(&context.lease));
             let renewer = context.lease_watcher.renewer();
@@ -94,8 +88,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
                         epoch = lease.epoch(),
                         "became the owner"
                     );
-                    self.lease = Some(lease);
-                    self.saved = None;
+                    self.state.acquired(lease);
                     // A request that came while no node was responsible.
                     self.operators.expect_requests();
                     return context.lease_watcher.hint();
@@ -104,7 +97,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
                 Err(error) => return self.on_unavailable(&error),
             }
         }
-        if self.read_owner_at <= Instant::now() {
+        if self.takeover.read_owner_at <= Instant::now() {
             match self.read_model.checkpoint(&self.key).await {
                 Ok(checkpoint) => {
                     self.context.status.send_if_modified(|status| {
@@ -119,15 +112,12 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
                 // After any error: the owner may fix the cause, for example with a reset.
                 Err(error) => return self.schedule_retry(&error),
             }
-            self.read_owner_at = Instant::now() + context.lease_watcher.poll_interval();
+            self.takeover.read_owner_at = Instant::now() + context.lease_watcher.poll_interval();
         }
-        context.set(if self.operators.pause == Pause::Paused {
-            ProjectionState::Paused
-        } else {
-            ProjectionState::Standby
-        });
+        self.show();
         self.retry.succeeded();
-        self.idle(if free { self.acquire_at.min(self.read_owner_at) } else { self.read_owner_at }).await;
+        let Takeover { acquire_at, read_owner_at, .. } = self.takeover;
+        self.idle(if free { acquire_at.min(read_owner_at) } else { read_owner_at }).await;
     }
 
     /// Returns whether no other node holds the lease; this node may hold it since before a panic.
@@ -138,16 +128,12 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
         })
     }
 
-    fn leave_alone(&mut self) {
-        self.acquire_at = Instant::now() + LEAVE_ALONE.min(self.context.options.lease / 6);
-    }
-
     /// Releases the lease, because another node should own the read model.
     async fn hand_over(&mut self) {
         self.flush().await;
-        let Some(lease) = self.lease.take() else { return };
-        // Before another node begins: a durable consumer would still deliver to this one.
-        self.follower = None;
+        // Without the work in progress: a durable consumer would still deliver to this node after
+        // another one has begun.
+        let Some(lease) = self.state.leave() else { return };
         lease.release().await;
         tracing::info!(
             projection = self.context.name,
@@ -170,9 +156,9 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
             reason,
             "lost the ownership"
         );
-        self.lease = None;
+        drop(self.state.leave());
         self.forget();
-        self.leave_alone();
+        self.takeover.leave_alone(self.context.options.lease);
         self.context.lease_watcher.hint();
         self.context.status.send_modify(|status| {
             status.epoch = 0;
@@ -183,7 +169,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
 
     fn forget(&mut self) {
         self.reload();
-        self.read_owner_at = Instant::now();
+        self.takeover.read_owner_at = Instant::now();
     }
 
     /// Reads the checkpoint and, as a new owner, claims it: this fences the previous owner.
@@ -200,15 +186,14 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
 
     /// Starts from the claimed checkpoint.
     fn begin_at(&mut self, checkpoint: Checkpoint) {
-        self.saved = Some(checkpoint);
-        self.applied = checkpoint.position;
+        let shared = self.state.lease().is_some();
+        self.state.begin_at(checkpoint);
         self.context.status.send_modify(|status| {
-            status.epoch = if self.lease.is_some() { checkpoint.epoch } else { 0 };
+            status.epoch = if shared { checkpoint.epoch } else { 0 };
             status.generation = checkpoint.generation;
             status.moved_to(checkpoint.position, None);
         });
         self.measures_from(checkpoint.position);
-        self.restart();
     }
 
     /// Claims the checkpoint; `None` if a node is emptying the read model, unknown to the view so
@@ -242,7 +227,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
                 advice: "the event store lost events or was restored from a backup: restore the read model of the same time, or reset the projection".into(),
             }));
         }
-        let epoch = match &self.lease {
+        let epoch = match self.state.lease() {
             None => found.epoch,
             Some(lease) => match lease.epoch_above(found.epoch).await? {
                 Some(epoch) => epoch,

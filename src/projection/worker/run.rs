@@ -6,16 +6,16 @@ use std::time::Duration;
 use tokio::time::{Instant, sleep, timeout};
 use tracing::Instrument;
 
-use super::live::Follower;
 use super::operators::Pause;
-use super::task::{Pending, ProjectionTask, Source};
+use super::reading::{Pending, Source};
+use super::state::{Activity, Owning, State};
+use super::task::{Preparation, ProjectionTask};
 use super::wait::{WaitOutcome, wait_for_input};
-use crate::event::Position;
 use crate::lease::HeldLease;
 use crate::partition::Partition;
 use crate::projection::interruption::Interruption;
 use crate::projection::layout::Role;
-use crate::projection::{Projection, ProjectionState, ReadModel};
+use crate::projection::{Projection, ReadModel};
 use crate::store::{Checkpoint, ProgressWrite};
 use crate::telemetry::trace;
 
@@ -74,8 +74,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
             );
         }
         self.give_up_switching().await;
-        self.follower = None;
-        if let Some(lease) = self.lease.take() {
+        for lease in [self.state.leave(), self.takeover.released.take()].into_iter().flatten() {
             lease.release().await;
         }
     }
@@ -98,9 +97,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
         if let Some(until) = self.retry.waits_until() {
             return self.idle(until).await;
         }
-        if std::mem::take(&mut self.release_lease)
-            && let Some(lease) = self.lease.take()
-        {
+        if let Some(lease) = self.takeover.released.take() {
             lease.release().await;
         }
         if self.operators.changes.in_progress && self.context.role == Role::Live {
@@ -113,29 +110,42 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
         {
             self.operators.requests = self.put_off(&error);
         }
-        if self.failed {
-            self.context.set(ProjectionState::Failed);
-            return self.idle(self.tick_at).await;
-        }
-        if let Err(interruption) = self.prepare().await {
+        // In the same step: a pause on standby shows the position of the owner, which is read first.
+        if let State::Starting { .. } = self.state
+            && let Err(interruption) = self.prepare().await
+        {
             return self.on_interruption(&interruption);
         }
-        if self.dormant {
-            return self.sleep().await;
+        match self.state {
+            State::Standby => self.stand_by().await,
+            State::Claiming { .. } => self.load().await,
+            State::Owning(Owning { activity: Activity::Stopped, .. })
+            | State::Failed { .. }
+            | State::Dormant
+            | State::Starting { .. } => {
+                self.show();
+                self.idle(self.tick_at).await;
+            }
+            State::Owning(_) => self.own().await,
         }
-        if self.read_model.shared() && self.lease.is_none() {
-            return self.stand_by().await;
-        }
-        let Some(saved) = self.saved else { return self.load().await };
+    }
+
+    /// Does the next due step as the owner.
+    async fn own(&mut self) {
         if self.operators.retries.is_due()
             && let Err(error) = self.see_to_retries().await
         {
             self.operators.retries = self.put_off(&error);
         }
+        if self.state.owning().is_none() {
+            // A retry has found that another version became live.
+            return;
+        }
         match self.operators.pause {
             Pause::Running => {}
             Pause::Paused => {
-                self.context.set(ProjectionState::Paused);
+                self.state.pause();
+                self.show();
                 return self.idle(self.tick_at).await;
             }
             Pause::Unknown => return self.idle(self.tick_at).await,
@@ -153,10 +163,15 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
         if let Some(due) = self.left_alone() {
             return self.idle(due).await;
         }
-        match self.pending.take() {
-            Some(pending) => self.apply_in_time(saved, pending).await,
-            None if self.source == Source::Store => self.read().await,
-            None => self.follow().await,
+        let State::Owning(Owning { saved, activity, .. }) = &mut self.state else { return };
+        let Activity::Reading(reading) = activity else { return self.begin_reading().await };
+        match (reading.pending.take(), &reading.source) {
+            (Some(pending), _) => {
+                let saved = *saved;
+                self.apply_in_time(saved, pending).await;
+            }
+            (None, Source::CatchingUp { .. }) => self.read().await,
+            (None, Source::Live) => self.follow().await,
         }
     }
 
@@ -165,7 +180,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
         let events = pending.events.iter().take(self.batching.size.get());
         let span = trace::apply(&self.context.name, events.len(), events);
         // If the database hangs longer than the other nodes wait for this one, abort.
-        let loss = self.lease.as_ref().map(HeldLease::loss);
+        let loss = self.state.lease().map(HeldLease::loss);
         let limit = self.context.options.transaction_timeout;
         tokio::select! {
             biased;
@@ -178,26 +193,29 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
         }
     }
 
-    /// Ensures that the read model exists and has the right layout.
+    /// Ensures that the read model exists and has the right layout, and finds its version.
     async fn prepare(&mut self) -> Result<(), Interruption> {
         self.create().await?;
-        if !self.fits && self.read_model.shared() {
+        let (shared, mut has_version) = (self.read_model.shared(), true);
+        if shared {
             let projection = self.context.layout.check(self.read_model).await?;
-            self.find_version(&projection)?;
+            has_version = self.find_version(&projection)?;
         }
-        if !self.fits {
-            self.fits = true;
-            self.context.status.send_modify(|status| status.fits = true);
+        self.context.status.send_modify(|status| status.fits = true);
+        if has_version {
+            self.state.prepared(shared);
+        } else if let Some(lease) = self.state.sleep() {
+            lease.release().await;
         }
         Ok(())
     }
 
     pub(super) async fn create(&mut self) -> Result<(), Interruption> {
-        if !self.prepared {
+        if self.preparation == Preparation::Needed {
             self.read_model.prepare(&self.context.store).await?;
             self.empty_memory().await?;
             self.load_snapshot().await?;
-            self.prepared = true;
+            self.preparation = Preparation::Done;
             self.context.status.send_modify(|status| status.prepared = true);
         }
         Ok(())
@@ -208,7 +226,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
         let until = until.min(self.tick_at);
         let outcome = wait_for_input(
             &mut self.inbox,
-            &mut self.lease,
+            self.state.lease_mut(),
             Some(&mut self.news),
             Some(until),
             std::future::pending::<()>(),
@@ -244,45 +262,31 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
         self.tick_at = Instant::now() + every;
         // The task may have ignored the lease view as too old after its last control call.
         self.process_lease_view().await;
-        let loss = self.lease.as_ref().map(HeldLease::loss);
+        let loss = self.state.lease().map(HeldLease::loss);
         tokio::select! {
             biased;
             () = async {
                 self.flush().await;
                 if let Some(head) = self.context.feed.status().position {
-                    self.knows_of(head);
+                    self.context.knows_of(head);
                 }
-                if self.lease.is_some() || !self.read_model.shared() {
+                if self.state.lease().is_some() || !self.read_model.shared() {
                     self.date().await;
                 }
             } => {}
             () = lost(loss) => return self.step_down(LOST),
         }
-        let quiet = self.source == Source::Feed && self.pending.is_none();
-        let durable = self.follower.as_ref().is_some_and(Follower::is_durable);
-        if durable && quiet && self.context.feed.position() > self.applied {
+        if let Some(Owning { applied, activity: Activity::Reading(reading), .. }) = self.state.owning_mut()
+            && reading.follower.is_durable()
+            && reading.pending.is_none()
+            && self.context.feed.position() > *applied
+        {
             // The selected events of the bus do not show the end of the log.
-            self.source = Source::Store;
+            reading.catch_up();
         }
         if self.context.role == Role::Rebuild {
             self.consider_switching().await;
         }
-    }
-
-    pub(super) fn moved_to(&self, position: Position) {
-        self.context.status.send_if_modified(|status| {
-            let news = status.position != position;
-            status.moved_to(position, None);
-            news
-        });
-    }
-
-    pub(super) fn knows_of(&self, head: Position) {
-        self.context.status.send_if_modified(|status| {
-            let news = Some(head) > status.head;
-            status.knows_of(head);
-            news
-        });
     }
 
     /// Records the age of the first pending event, which is the oldest unapplied one.
@@ -301,7 +305,8 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
             let status = self.context.status.borrow();
             (status.position, status.lag().is_some_and(|lag| lag > 0))
         };
-        if !behind || self.pending.is_some() || self.age_checked_at == Some(position) || self.dormant {
+        let pending = self.state.reading().is_some_and(|reading| reading.pending.is_some());
+        if !behind || pending || self.age_checked_at == Some(position) {
             return;
         }
         match self.context.log.next_recorded_at(position).await {
@@ -321,15 +326,22 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
 
     /// Writes a checkpoint that has moved only over events of other projections.
     pub(super) async fn flush(&mut self) {
-        let Some(saved) = self.saved.filter(|saved| saved.position < self.applied) else { return };
-        let to = Checkpoint { position: self.applied, ..saved };
+        let Some(&Owning { saved, applied, .. }) = self.state.owning() else { return };
+        if saved.position >= applied {
+            return;
+        }
+        let to = Checkpoint { position: applied, ..saved };
         let write = ProgressWrite::Checkpoint { key: self.key.clone(), from: saved, to };
         let flushed = match self.read_model.begin(&self.context.name, saved, None).await {
             Ok(open) => self.read_model.commit(open, vec![write]).await,
             Err(error) => Err(error.into()),
         };
         match flushed {
-            Ok(()) => self.saved = Some(to),
+            Ok(()) => {
+                if let Some(owning) = self.state.owning_mut() {
+                    owning.saved = to;
+                }
+            }
             Err(error) => self.on_checkpoint_error(error),
         }
     }

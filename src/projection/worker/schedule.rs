@@ -3,11 +3,11 @@
 use tokio::time::Instant;
 
 use super::context::TaskConfig;
-use super::task::{ProjectionTask, Source};
+use super::task::ProjectionTask;
 use crate::event::Position;
 use crate::lease::LeaseView;
 use crate::projection::layout::Role;
-use crate::projection::{Projection, ProjectionState, ReadModel, Schedule};
+use crate::projection::{Projection, ReadModel, Schedule};
 use crate::store::{ControlChange, StoreError};
 
 impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'_, P, R> {
@@ -16,8 +16,10 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
         let triggers = view.control(&self.context.name).triggers;
         if self.timing.triggers.is_some_and(|known| known != triggers) {
             self.timing.forget();
-            self.timing.hold = None;
-            if self.goes_by_hand() && self.saved.is_some() {
+            if let Some(reading) = self.state.reading_mut() {
+                reading.hold = None;
+            }
+            if self.goes_by_hand() && self.state.owning().is_some() {
                 // Race: an append was in flight when the trigger read the end of the log, and hid
                 // an event that already had its receipt. Reading the end again is best effort:
                 // without an answer, the recorded target suffices.
@@ -40,11 +42,14 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
 
     /// Returns whether the pending events wait for more.
     pub(super) fn holds(&self) -> bool {
-        let Some(pending) = &self.pending else { return false };
-        self.source == Source::Feed
-            && self.suspect.is_none()
-            && pending.events.len() < self.context.options.batch
-            && self.timing.until().is_some_and(|until| until > Instant::now())
+        let Some(reading) = self.state.reading() else { return false };
+        reading.is_live()
+            && reading.suspect.is_none()
+            && reading
+                .pending
+                .as_ref()
+                .is_some_and(|pending| pending.events.len() < self.context.options.batch)
+            && reading.hold.is_some_and(|(_, until)| until > Instant::now())
     }
 
     fn goes_by_hand(&self) -> bool {
@@ -67,17 +72,20 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
                     Position::START
                 };
                 // The live source might lead beyond the target.
-                self.source = Source::Store;
+                if let Some(reading) = self.state.reading_mut() {
+                    reading.catch_up();
+                }
                 *self.timing.goal.insert(goal)
             }
         };
-        Ok(self.pending.is_some() || self.applied < goal)
+        let pending = self.state.reading().is_some_and(|reading| reading.pending.is_some());
+        Ok(pending || self.state.owning().is_some_and(|owning| owning.applied < goal))
     }
 
     /// Waits for a trigger.
     pub(super) async fn rest(&mut self) {
-        self.restart();
-        self.context.set(ProjectionState::Waiting);
+        self.state.wait_for_trigger();
+        self.show();
         self.idle(self.tick_at).await;
     }
 }

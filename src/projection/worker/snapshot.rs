@@ -5,7 +5,7 @@
 use tokio::task::spawn_blocking;
 
 use super::context::TaskConfig;
-use super::task::ProjectionTask;
+use super::task::{Preparation, ProjectionTask};
 use crate::event::{Position, Version};
 use crate::projection::interruption::Interruption;
 use crate::projection::{Projection, ReadModel};
@@ -101,7 +101,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
     pub(super) async fn last_snapshot(&mut self) {
         let Some(snapshotting) = &mut self.snapshotting else { return };
         snapshotting.finish_write().await;
-        if !self.prepared {
+        if self.preparation == Preparation::Needed {
             return;
         }
         let parked = self

@@ -9,8 +9,6 @@ use crate::time::after;
 /// State of a schedule.
 #[derive(Debug, Default)]
 pub(super) struct Timing {
-    /// Start and end of the wait of the pending events.
-    pub(super) hold: Option<(Instant, Instant)>,
     /// Time of the last apply.
     last: Option<Instant>,
     /// Number of triggers in the last lease view; `None` before the first one.
@@ -24,11 +22,17 @@ pub(super) struct Timing {
 }
 
 impl Timing {
-    /// Records the arrival of live events.
-    pub(super) fn arrived(&mut self, schedule: Schedule) {
+    /// Returns start and end of the wait of the pending events after the arrival of live ones.
+    ///
+    /// `hold` is the wait before.
+    pub(super) fn hold(
+        &self,
+        hold: Option<(Instant, Instant)>,
+        schedule: Schedule,
+    ) -> Option<(Instant, Instant)> {
         let now = Instant::now();
-        let first = self.hold.map_or(now, |(first, _)| first);
-        self.hold = match schedule {
+        let first = hold.map_or(now, |(first, _)| first);
+        match schedule {
             Schedule::Immediate | Schedule::Manual => None,
             // Later events do not extend the wait of the first one.
             Schedule::Debounced { quiet, cap } => {
@@ -37,7 +41,7 @@ impl Timing {
             Schedule::Every(time) => {
                 Some((first, self.last.map_or(now, |last| last + time.min(crate::time::FAR))))
             }
-        };
+        }
     }
 
     /// Returns the target of manual triggers, beyond which nothing is applied.
@@ -51,18 +55,7 @@ impl Timing {
         self.head_at_trigger = Position::START;
     }
 
-    /// Records that no event is pending.
-    pub(super) fn let_go(&mut self) {
-        self.hold = None;
-    }
-
     pub(super) fn applied(&mut self) {
-        self.hold = None;
         self.last = Some(Instant::now());
-    }
-
-    /// Returns the end of the wait of the pending events.
-    pub(super) fn until(&self) -> Option<Instant> {
-        self.hold.map(|(_, until)| until)
     }
 }

@@ -15,25 +15,24 @@ use super::task::ProjectionTask;
 use super::user_code::catch_panic;
 use crate::event::Position;
 use crate::projection::layout::Layout;
-use crate::projection::{ControlError, Projection, ProjectionState, ReadModel};
+use crate::projection::{ControlError, Projection, ReadModel};
 use crate::store::{Checkpoint, ProgressWrite, StoreError, StoredProjection, StoredRequest};
 
 impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'_, P, R> {
-    /// Switches to the current version for this task's role.
-    pub(super) fn find_version(&mut self, projection: &StoredProjection) -> Result<(), StoreError> {
+    /// Switches to the current version for this task's role; returns whether there is one.
+    pub(super) fn find_version(&mut self, projection: &StoredProjection) -> Result<bool, StoreError> {
         let context = self.context;
         let version = context.role.version(projection);
-        self.dormant = version.is_none();
         context.status.send_if_modified(|status| {
             if version.is_none() {
                 status.measured = None;
             }
             std::mem::replace(&mut status.dormant, version.is_none()) != version.is_none()
         });
-        match version {
-            Some(version) => self.use_version(version),
-            None => Ok(()),
+        if let Some(version) = version {
+            self.use_version(version)?;
         }
+        Ok(version.is_some())
     }
 
     pub(super) fn use_version(&mut self, version: u64) -> Result<(), StoreError> {
@@ -57,15 +56,6 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
         self.key = context.layout.key(context.partition, version);
         context.status.send_modify(|status| status.version = version);
         Ok(())
-    }
-
-    /// Waits on standby, because there is nothing to build.
-    pub(super) async fn sleep(&mut self) {
-        if let Some(lease) = self.lease.take() {
-            lease.release().await;
-        }
-        self.context.set(ProjectionState::Standby);
-        self.idle(self.tick_at).await;
     }
 
     /// Starts the speed measurement of this node.

@@ -22,7 +22,7 @@ pub(super) enum WaitOutcome<T> {
 /// Waits for `input`, or for an earlier message, loss or timeout. Cancel-safe if `input` is.
 pub(super) async fn wait_for_input<T>(
     inbox: &mut Inbox<Control>,
-    lease: &mut Option<HeldLease>,
+    lease: Option<&mut HeldLease>,
     news: Option<&mut News>,
     until: Option<Instant>,
     input: impl Future<Output = T>,
