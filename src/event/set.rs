@@ -41,7 +41,9 @@ use super::types::EventTypes;
     note = "implement `Event` for the events of one aggregate, or `EventSet` for an enum over several event types; `AnyEvent` contains every event and decodes none"
 )]
 pub trait EventSet: Sized + Send + 'static {
-    /// Returns the decoder, which lists the event types of the set. Called once per process.
+    /// Returns the decoder, which lists the event types of the set.
+    ///
+    /// Called at the first use of the set; the result is cached.
     fn decoder() -> EventDecoder<Self>;
 }
 
