@@ -7,23 +7,72 @@ CREATE TABLE storied_meta (
     value TEXT NOT NULL
 ) STRICT, WITHOUT ROWID;
 
+-- Event names and categories, numbered in the order of their first use.
+CREATE TABLE storied_names (
+    number INTEGER NOT NULL PRIMARY KEY,
+    name   TEXT    NOT NULL UNIQUE
+) STRICT;
+
+-- Streams, numbered in the order of their creation. A stream is created together with its first
+-- event.
+CREATE TABLE storied_streams (
+    number    INTEGER NOT NULL PRIMARY KEY,
+    category  INTEGER NOT NULL REFERENCES storied_names,
+    stream_id TEXT    NOT NULL,
+    -- The id comes first, because it distinguishes streams sooner than the category.
+    UNIQUE (stream_id, category)
+) STRICT;
+
+-- The log. storied_log shows it in clear.
 CREATE TABLE storied_events (
     position    INTEGER NOT NULL PRIMARY KEY, -- position in the log
-    category    TEXT    NOT NULL,
-    stream_id   TEXT    NOT NULL,
+    stream      INTEGER NOT NULL,             -- number in storied_streams
     version     INTEGER NOT NULL,             -- version in the stream: 1, 2, 3 …
-    name        TEXT    NOT NULL,
+    category    INTEGER NOT NULL,             -- number in storied_names, for filters
+    name        INTEGER NOT NULL,             -- number in storied_names
+    recorded_at INTEGER NOT NULL,             -- microseconds since 1970
     id          BLOB    NOT NULL,             -- UUID, 16 bytes
     command_id  BLOB    NOT NULL,             -- UUID, 16 bytes
     payload     BLOB    NOT NULL,             -- encoded with the codec of storied_meta
     metadata    BLOB    NOT NULL,             -- CBOR
-    recorded_at INTEGER NOT NULL,             -- microseconds since 1970
-    -- The id comes first, because it distinguishes streams sooner than the category.
-    UNIQUE (stream_id, category, version)
+    UNIQUE (stream, version)
 ) STRICT;
 
--- Finds the events of a command in a stream, for the life of the log.
-CREATE INDEX storied_events_by_command ON storied_events (command_id, stream_id, category, version);
+-- Finds the events of a command in a stream, for the life of the log. The versions of a stream have
+-- the order of the positions, which end each entry.
+CREATE INDEX storied_events_by_command ON storied_events (command_id, stream);
+
+-- The log in clear, for tools and dumps.
+CREATE VIEW storied_log AS
+SELECT
+    event.position,
+    category.name AS category,
+    stream.stream_id,
+    event.version,
+    name.name,
+    lower(substr(hex(event.id), 1, 8) || '-' || substr(hex(event.id), 9, 4) || '-' || substr(hex(event.id), 13, 4) || '-'
+        || substr(hex(event.id), 17, 4) || '-' || substr(hex(event.id), 21)) AS id,
+    lower(substr(hex(event.command_id), 1, 8) || '-' || substr(hex(event.command_id), 9, 4) || '-' || substr(hex(event.command_id), 13, 4) || '-'
+        || substr(hex(event.command_id), 17, 4) || '-' || substr(hex(event.command_id), 21)) AS command_id,
+    strftime('%Y-%m-%dT%H:%M:%S', event.recorded_at / 1000000, 'unixepoch')
+        || printf('.%06dZ', event.recorded_at % 1000000) AS recorded_at,
+    event.payload,
+    event.metadata
+FROM storied_events AS event
+LEFT JOIN storied_streams AS stream ON stream.number = event.stream
+LEFT JOIN storied_names AS category ON category.number = stream.category
+LEFT JOIN storied_names AS name ON name.number = event.name;
+
+-- An INSERT of an event into this view fails unless the log contains the event. An append checks so
+-- that the numbers that its process remembers are those of this log: a restored copy may have given
+-- them to other streams.
+CREATE VIEW storied_expected_events AS SELECT position, id FROM storied_events;
+
+CREATE TRIGGER storied_expected_events_check INSTEAD OF INSERT ON storied_expected_events
+WHEN NOT EXISTS (SELECT 1 FROM storied_events WHERE position = new.position AND id = new.id)
+BEGIN
+    SELECT RAISE(ABORT, 'the log does not contain the expected event');
+END;
 
 CREATE TRIGGER storied_events_no_update BEFORE UPDATE ON storied_events
 BEGIN
@@ -33,6 +82,26 @@ END;
 CREATE TRIGGER storied_events_no_delete BEFORE DELETE ON storied_events
 BEGIN
     SELECT RAISE(ABORT, 'storied_events is append-only: followers rely on every event staying where it is');
+END;
+
+CREATE TRIGGER storied_streams_no_update BEFORE UPDATE ON storied_streams
+BEGIN
+    SELECT RAISE(ABORT, 'storied_streams is append-only: events refer to its numbers');
+END;
+
+CREATE TRIGGER storied_streams_no_delete BEFORE DELETE ON storied_streams
+BEGIN
+    SELECT RAISE(ABORT, 'storied_streams is append-only: events refer to its numbers');
+END;
+
+CREATE TRIGGER storied_names_no_update BEFORE UPDATE ON storied_names
+BEGIN
+    SELECT RAISE(ABORT, 'storied_names is append-only: events refer to its numbers');
+END;
+
+CREATE TRIGGER storied_names_no_delete BEFORE DELETE ON storied_names
+BEGIN
+    SELECT RAISE(ABORT, 'storied_names is append-only: events refer to its numbers');
 END;
 
 -- What operators control of projections, on every node.
@@ -68,3 +137,14 @@ CREATE TABLE storied_snapshots (
     state     BLOB    NOT NULL,
     PRIMARY KEY (category, stream_id)
 ) STRICT;
+
+-- Records of commands without events in a stream, until they are deleted.
+CREATE TABLE storied_commands (
+    id          BLOB    NOT NULL PRIMARY KEY, -- UUID, 16 bytes
+    name        TEXT    NOT NULL,
+    fingerprint BLOB    NOT NULL,             -- UUID, 16 bytes: fingerprint of the command's content
+    outcome     BLOB    NOT NULL,             -- CBOR
+    recorded_at INTEGER NOT NULL              -- microseconds since 1970
+) STRICT, WITHOUT ROWID;
+
+CREATE INDEX storied_commands_by_age ON storied_commands (recorded_at);

@@ -14,6 +14,7 @@ use std::fmt;
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::task::Poll;
 
 use futures_util::stream::FuturesUnordered;
 use futures_util::{FutureExt, StreamExt};
@@ -238,9 +239,9 @@ impl Committer {
                     }
                     None => open = false,
                 },
-                Some((batch, answers)) = self.running.next() => {
-                    let answered: usize = batch.iter().map(Vec::len).sum();
-                    self.finish(batch, answers);
+                Some(finished) = self.running.next() => {
+                    self.take_up(&mut submissions);
+                    let answered = self.finish_all(finished).await;
                     (self.turns, self.expected) = (TURNS, self.waiting + answered);
                 }
                 () = tokio::task::yield_now(), if self.turns > 0 => {
@@ -251,6 +252,27 @@ impl Committer {
                 else => {}
             }
         }
+    }
+
+    /// Finishes a transaction, and those that complete meanwhile; returns the number of answers.
+    ///
+    /// The next transaction starts before the answers, so that the disk works while the callers
+    /// that were just answered submit again.
+    async fn finish_all(&mut self, finished: Finished) -> usize {
+        let mut answered = 0;
+        let mut next = Some(finished);
+        while let Some((batch, answers)) = next {
+            next = None;
+            if !self.ready.is_empty() {
+                self.start_transaction();
+                if let Poll::Ready(finished) = futures_util::poll!(self.running.next()) {
+                    next = finished;
+                }
+            }
+            answered += batch.iter().map(Vec::len).sum::<usize>();
+            self.finish(batch, answers);
+        }
+        answered
     }
 
     /// Moves all submissions of the channel into the queues, so that they share a transaction.

@@ -12,6 +12,7 @@ mod convert;
 mod error;
 mod leases;
 mod migrate;
+mod number_cache;
 mod options;
 pub(crate) mod progress;
 mod read;
@@ -31,7 +32,8 @@ use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection, SqliteJournalMode, Sq
 use tokio::sync::watch;
 use uuid::Uuid;
 
-use self::connection::{Failure, Readers, Writer};
+use self::connection::{Readers, Writer};
+use self::number_cache::NumberCache;
 pub(crate) use self::error::{failed, is_outage, may_be_of_transaction};
 pub use self::options::SqliteOptions;
 use self::progress::{CONTROLS, PROGRESS};
@@ -128,6 +130,7 @@ impl SqliteOptions {
             writer: Writer::new(writing, connection),
             readers,
             page_sizer: PageSizer::default(),
+            numbers: NumberCache::default(),
             appended: watch::Sender::new(head),
         });
         tokio::spawn(tailer::run_tailer(Arc::downgrade(&shared)));
@@ -151,7 +154,7 @@ impl SqliteStore {
         E: From<StoreError> + Send + 'static,
         W: for<'c> FnOnce(&'c mut SqliteConnection) -> BoxFuture<'c, Result<T, E>> + Send + 'static,
     {
-        self.shared.writer.transaction(doing, work).await.map_err(Failure::into_error)
+        self.shared.writer.transaction(doing, work).await
     }
 }
 
@@ -183,14 +186,15 @@ impl EventStore for SqliteStore {
         after: Version,
         limit: usize,
     ) -> BoxFuture<'a, Result<Vec<RecordedEvent>, StoreError>> {
-        Box::pin(read::stream(&self.shared.readers, self.shared.info.codec, stream, after, limit))
+        let Shared { readers, numbers, info, .. } = &*self.shared;
+        Box::pin(read::stream(readers, numbers, info.codec, stream, after, limit))
     }
 
     fn read_log(&self, read: ReadLog) -> BoxFuture<'_, Result<LogPage, StoreError>> {
         Box::pin(async move {
             read.filter.check()?;
-            let Shared { readers, page_sizer, info, .. } = &*self.shared;
-            read::log(readers, page_sizer, info.codec, &read).await
+            let Shared { readers, page_sizer, numbers, info, .. } = &*self.shared;
+            read::log(readers, page_sizer, numbers, info.codec, &read).await
         })
     }
 

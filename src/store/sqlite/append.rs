@@ -1,163 +1,210 @@
 //! Appends a batch with few statements, because each costs a hop to the connection's thread.
+//!
+//! If the cache knows all numbers and versions that a batch needs, one hop begins the transaction,
+//! inserts the events and commits. Otherwise a look-up precedes it, for what is unknown only. If an
+//! event violates the key of its stream, or the cache is of another log, SQLite rolls back, and the
+//! batch is appended again with everything looked up.
+
+mod insert;
+mod look_up;
+mod statements;
 
 use std::collections::HashMap;
-use std::sync::LazyLock;
 
-use sqlx::error::BoxDynError;
-use sqlx::sqlite::{SqliteArguments, SqliteConnection};
-use sqlx::{Arguments, Row};
-use uuid::Uuid;
+use sqlx::sqlite::SqliteConnection;
+use sqlx::Executor;
 
+use self::insert::{EventRow, NewStream};
+pub(super) use self::statements::DOING;
 use super::super::append::SizeLimits;
 use super::super::version_check::StreamVersions;
 use super::super::{Append, AppendError, Appended, StoreError};
-use super::convert::{from_sql, json_streams, now, to_sql};
-use super::error::failed;
-use crate::event::{NewEvent, Position, StreamId, Version};
-
-const DOING: &str = "appending events";
+use super::error::{failed, is_key_violation, is_missing_anchor};
+use super::number_cache::{Anchor, Facts, NumberCache};
+use crate::event::{Position, StreamId, Version};
 
 /// SQLite limits a row to 1,000,000,000 bytes; the other columns are small.
 pub(super) const LIMITS: SizeLimits = SizeLimits { event: 999_000_000, batch: usize::MAX };
 
-const COLUMNS: usize = 10;
-
-/// INSERT statements for 1, 2, 4 … 64 rows.
-///
-/// Any number of rows needs few of them, and all stay prepared.
-static INSERTS: LazyLock<Vec<(usize, String)>> = LazyLock::new(|| {
-    let row = format!("({})", ["?"; COLUMNS].join(", "));
-    (0..=6)
-        .rev()
-        .map(|power| {
-            let rows = 1 << power;
-            let sql = format!(
-                "INSERT INTO storied_events (position, category, stream_id, version, name, id, command_id, payload, metadata, recorded_at) VALUES {}",
-                vec![row.as_str(); rows].join(", ")
-            );
-            (rows, sql)
-        })
-        .collect()
-});
-
-/// The result of writing a batch in a transaction.
+/// The result of a written batch.
 #[derive(Debug)]
 pub(super) struct Written {
     pub(super) answers: Vec<Result<Appended, AppendError>>,
-    /// First written event: if it is in the log, all are.
-    pub(super) proof: Option<(Position, Uuid)>,
+    /// Last written event: if it is in the log, all are.
+    pub(super) proof: Option<Anchor>,
 }
 
-/// Writes a batch, inside a transaction that holds the write lock.
-pub(super) async fn write(
-    connection: &mut SqliteConnection,
+/// The reason why a batch was not written.
+#[derive(Debug)]
+pub(super) enum Failure {
+    /// Nothing was written.
+    Refused(StoreError),
+    /// The commit failed, so probably no data was written.
+    Commit(StoreError, Written),
+    /// Facts of the cache were wrong: newer events of another process, or another log.
+    Outdated { is_other_log: bool },
+}
+
+impl From<StoreError> for Failure {
+    fn from(error: StoreError) -> Self {
+        Self::Refused(error)
+    }
+}
+
+impl From<look_up::Failure> for Failure {
+    fn from(failure: look_up::Failure) -> Self {
+        match failure {
+            look_up::Failure::Statement(error) => refused(error),
+            look_up::Failure::Store(error) => Self::Refused(error),
+        }
+    }
+}
+
+/// Converts the error of a statement before the commit.
+fn refused(error: sqlx::Error) -> Failure {
+    if is_missing_anchor(&error) {
+        Failure::Outdated { is_other_log: true }
+    } else if is_key_violation(&error) {
+        Failure::Outdated { is_other_log: false }
+    } else {
+        Failure::Refused(failed(DOING, error))
+    }
+}
+
+/// Writes a batch in a transaction of its own.
+///
+/// Returns the connection, unless it may have an open transaction. If the call is dropped, the
+/// connection closes: SQLite rolls the transaction back, or the commit was already under way.
+pub(super) async fn append(
+    mut connection: SqliteConnection,
     batch: &[Append],
-) -> Result<Written, StoreError> {
-    let mut versions = load(connection, batch).await?;
-    let mut rows = Vec::new();
-    let mut answers = Vec::with_capacity(batch.len());
-    for append in batch {
-        let answer = versions.assign(append);
-        if let Ok(appended) = &answer {
-            add_rows(&mut rows, append, appended);
+    cache: &NumberCache,
+) -> (Result<Written, Failure>, Option<SqliteConnection>) {
+    let mut facts = cache.facts(batch);
+    loop {
+        let looks_up_all = facts.anchor.is_none();
+        let result = attempt(&mut connection, batch, facts, cache).await;
+        let clean = match &result {
+            Ok(written) if written.proof.is_some() => true,
+            // Only refused appends: the transaction is open and empty.
+            _ => connection.execute("ROLLBACK").await.is_ok(),
+        };
+        match result {
+            Err(Failure::Outdated { is_other_log }) if clean && !looks_up_all => {
+                if is_other_log {
+                    tracing::warn!("the event store was replaced by another log while it was open");
+                    cache.clear();
+                }
+                facts = Facts::default();
+            }
+            result => return (result, clean.then_some(connection)),
         }
-        answers.push(answer.map_err(AppendError::from));
     }
-    insert(connection, &rows).await?;
-    Ok(Written { answers, proof: rows.first().map(EventRow::proof) })
 }
 
-/// Loads the end of the log and of every stream in the batch, with one statement.
-async fn load(connection: &mut SqliteConnection, batch: &[Append]) -> Result<StreamVersions, StoreError> {
-    let streams: Vec<&StreamId> =
-        batch.iter().flat_map(|append| &append.streams).map(|part| &part.stream).collect();
-    let rows = sqlx::query(
-        "SELECT NULL, coalesce(max(position), 0) FROM storied_events
-         UNION ALL
-         SELECT wanted.key, coalesce(
-             (SELECT max(version) FROM storied_events
-              WHERE stream_id = wanted.value ->> 1 AND category = wanted.value ->> 0),
-             0)
-         FROM json_each(?) AS wanted",
-    )
-    .bind(json_streams(streams.iter().copied()))
-    .fetch_all(connection)
-    .await
-    .map_err(|error| failed(DOING, error))?;
-    let mut last = Position::START;
-    let mut versions = HashMap::with_capacity(streams.len());
-    for row in rows {
-        let key: Option<i64> = row.try_get(0).map_err(|error| failed(DOING, error))?;
-        let number = from_sql(row.try_get(1).map_err(|error| failed(DOING, error))?);
-        match key.map(|key| usize::try_from(key).ok().and_then(|key| streams.get(key))) {
-            None => last = Position::new(number),
-            Some(Some(&stream)) => _ = versions.insert(stream.clone(), Version::new(number)),
-            Some(None) => {
-                return Err(StoreError::Corrupt {
-                    reason: format!("{DOING}: SQLite returned an unexpected stream"),
-                });
+/// Tries to write a batch, based on `facts`.
+async fn attempt<'b>(
+    connection: &mut SqliteConnection,
+    batch: &'b [Append],
+    mut facts: Facts<'b>,
+    cache: &NumberCache,
+) -> Result<Written, Failure> {
+    let parts = || batch.iter().flat_map(|append| &append.streams);
+    let unknown: Vec<&StreamId> =
+        parts().map(|part| &part.stream).filter(|stream| !facts.streams.contains_key(stream)).collect();
+    let mut begun = false;
+    let mut last_number = 0;
+    if !unknown.is_empty() {
+        last_number = look_up::streams(connection, &mut facts, &unknown).await?;
+        begun = true;
+    }
+    // The positions count from the end of the log, which the insert finds.
+    let versions = facts.streams.iter().map(|(stream, fact)| ((*stream).clone(), fact.version)).collect();
+    let mut versions = StreamVersions::new(versions, Position::START);
+    let mut answers: Vec<Result<Appended, AppendError>> =
+        batch.iter().map(|append| versions.assign(append).map_err(AppendError::from)).collect();
+    let accepted: Vec<(&Append, &Appended)> =
+        batch.iter().zip(&answers).filter_map(|(append, answer)| Some((append, answer.as_ref().ok()?))).collect();
+    if accepted.is_empty() {
+        return Ok(Written { answers, proof: None });
+    }
+    begun |= look_up::names(connection, &mut facts, &accepted, begun).await?;
+    let (rows, created) = rows(&accepted, &facts, last_number)?;
+    let Some(last_id) = rows.last().map(|row| row.event.id) else {
+        return Ok(Written { answers, proof: None });
+    };
+    let inserted = insert::insert_and_commit(connection, &rows, &created, facts.anchor, begun).await;
+    let (end, commit) = match inserted {
+        Ok(end) => (end, Ok(())),
+        Err(insert::Failure::Commit(end, error)) => (end, Err(error)),
+        Err(insert::Failure::Insert(error)) => return Err(refused(error)),
+        Err(insert::Failure::Store(error)) => return Err(error.into()),
+    };
+    let streams: Vec<(&StreamId, i64, Version)> = ends(&accepted, &facts, &created);
+    let names = std::mem::take(&mut facts.names);
+    drop((rows, accepted));
+    let last = answers.iter().flatten().filter_map(|appended| appended.positions.last()).max();
+    let before = end.get() - last.map_or(0, |last| last.get());
+    for position in answers.iter_mut().flatten().flat_map(|appended| &mut appended.positions) {
+        *position = Position::new(before + position.get());
+    }
+    let written = Written { answers, proof: Some((end, last_id)) };
+    match commit {
+        Ok(()) => {
+            cache.committed((end, last_id), streams, &names);
+            Ok(written)
+        }
+        Err(error) => Err(Failure::Commit(failed(DOING, error), written)),
+    }
+}
+
+/// Returns the rows of the accepted appends, and the streams that they create.
+fn rows<'b>(
+    accepted: &[(&'b Append, &Appended)],
+    facts: &Facts<'b>,
+    last_number: i64,
+) -> Result<(Vec<EventRow<'b>>, Vec<NewStream<'b>>), StoreError> {
+    let number = |name: &str| {
+        facts.names.get(name).copied().ok_or_else(|| StoreError::Corrupt {
+            reason: format!("{DOING}: storied_names has no number for {name:?}"),
+        })
+    };
+    let mut created: Vec<NewStream<'b>> = Vec::new();
+    let mut rows = Vec::with_capacity(accepted.len());
+    for (append, appended) in accepted {
+        for (part, end) in append.streams.iter().zip(&appended.versions) {
+            let category = number(part.stream.category())?;
+            let stream = match facts.streams.get(&part.stream).and_then(|fact| fact.number) {
+                Some(number) => number,
+                None => {
+                    let number = last_number + 1 + created.len() as i64;
+                    created.push(NewStream { number, category, stream: &part.stream });
+                    number
+                }
+            };
+            let before = end.get() - part.events.len() as u64;
+            for (event, n) in part.events.iter().zip(1..) {
+                let name = number(event.name.as_str())?;
+                rows.push(EventRow { stream, version: before + n, category, name, event });
             }
         }
     }
-    Ok(StreamVersions::new(versions, last))
+    Ok((rows, created))
 }
 
-/// An event with its version and position.
-struct EventRow<'a> {
-    position: Position,
-    stream: &'a StreamId,
-    version: Version,
-    event: &'a NewEvent,
-}
-
-impl EventRow<'_> {
-    fn proof(&self) -> (Position, Uuid) {
-        (self.position, self.event.id)
-    }
-}
-
-/// Adds the rows of a decided append.
-fn add_rows<'a>(rows: &mut Vec<EventRow<'a>>, append: &'a Append, appended: &Appended) {
-    let mut positions = appended.positions.iter();
-    for (part, end) in append.streams.iter().zip(&appended.versions) {
-        let before = end.get() - part.events.len() as u64;
-        for ((event, &position), n) in part.events.iter().zip(&mut positions).zip(1..) {
-            rows.push(EventRow { position, stream: &part.stream, version: Version::new(before + n), event });
-        }
-    }
-}
-
-async fn insert(connection: &mut SqliteConnection, rows: &[EventRow<'_>]) -> Result<(), StoreError> {
-    let recorded_at = now();
-    let mut rest = rows;
-    for (size, sql) in INSERTS.iter() {
-        while let Some((chunk, behind)) = rest.split_at_checked(*size) {
-            let mut arguments = SqliteArguments::default();
-            arguments.reserve(chunk.len() * COLUMNS, 0);
-            for row in chunk {
-                add(&mut arguments, row, recorded_at)
-                    .map_err(|error| failed(DOING, sqlx::Error::Encode(error)))?;
-            }
-            sqlx::query_with(sql.as_str(), arguments)
-                .execute(&mut *connection)
-                .await
-                .map_err(|error| failed(DOING, error))?;
-            rest = behind;
-        }
-    }
-    Ok(())
-}
-
-/// Adds the arguments in the order of the columns in [`INSERTS`].
-fn add(arguments: &mut SqliteArguments, row: &EventRow<'_>, recorded_at: i64) -> Result<(), BoxDynError> {
-    arguments.add(to_sql(row.position.get()))?;
-    arguments.add(row.stream.category())?;
-    arguments.add(row.stream.id())?;
-    arguments.add(to_sql(row.version.get()))?;
-    arguments.add(row.event.name.as_str())?;
-    arguments.add(row.event.id)?;
-    arguments.add(row.event.command_id)?;
-    arguments.add(&*row.event.payload)?;
-    arguments.add(&*row.event.metadata)?;
-    arguments.add(recorded_at)
+/// Returns the new versions of all streams of the accepted appends, with their numbers.
+fn ends<'b>(
+    accepted: &[(&'b Append, &Appended)],
+    facts: &Facts<'b>,
+    created: &[NewStream<'b>],
+) -> Vec<(&'b StreamId, i64, Version)> {
+    let created: HashMap<&StreamId, i64> = created.iter().map(|new| (new.stream, new.number)).collect();
+    let parts = accepted.iter().flat_map(|(append, appended)| append.streams.iter().zip(&appended.versions));
+    parts
+        .filter_map(|(part, version)| {
+            let known = facts.streams.get(&part.stream).and_then(|fact| fact.number);
+            let number = known.or_else(|| created.get(&part.stream).copied())?;
+            Some((&part.stream, number, *version))
+        })
+        .collect()
 }

@@ -5,13 +5,14 @@
 //! abandoned inside a transaction.
 
 use std::fmt;
+use std::future::Future;
 use std::path::Path;
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection};
 use sqlx::{ConnectOptions, Executor};
-use tokio::sync::{Mutex, Semaphore, SemaphorePermit};
+use tokio::sync::{Mutex, OwnedMutexGuard, Semaphore, SemaphorePermit};
 use tokio::time::timeout;
 
 use super::super::{BoxFuture, StoreError};
@@ -24,9 +25,9 @@ const READERS: usize = 4;
 
 /// The owner of the writing connection, which serves one transaction after the other.
 ///
-/// A transaction runs in its own task, so a caller that is dropped cannot leave it half-way. The
-/// connection is released only after SQLite has confirmed the end of the transaction. So no failure
-/// of a transaction affects the next one.
+/// A caller that is dropped cannot leave a transaction half-way: it runs in a task of its own, or
+/// the connection closes. The connection is released only after SQLite has confirmed the end of the
+/// transaction. So no failure of a transaction affects the next one.
 #[derive(Debug)]
 pub(super) struct Writer {
     options: SqliteConnectOptions,
@@ -52,27 +53,6 @@ impl FileId {
     }
 }
 
-/// The reason why a transaction has no result.
-#[derive(Debug)]
-pub(super) enum Failure<T, E> {
-    /// Nothing was written.
-    Refused(E),
-    /// The commit failed, so probably no data was written. `T` is the result without the failure.
-    Commit(StoreError, T),
-    /// Unknown: the program is shutting down, or the transaction's task panicked.
-    Lost(StoreError),
-}
-
-impl<T, E: From<StoreError>> Failure<T, E> {
-    /// Converts the failure, for callers that cannot or need not look up a failed commit.
-    pub(super) fn into_error(self) -> E {
-        match self {
-            Failure::Refused(error) => error,
-            Failure::Commit(error, _) | Failure::Lost(error) => error.into(),
-        }
-    }
-}
-
 impl Writer {
     pub(super) fn new(options: SqliteConnectOptions, connection: SqliteConnection) -> Self {
         let file = FileId::of(options.get_filename());
@@ -93,6 +73,43 @@ impl Writer {
         Err(StoreError::Storage { reason, source: None })
     }
 
+    /// Waits for the writing connection, and checks that its file is unchanged.
+    async fn lock(&self, doing: &str) -> Result<OwnedMutexGuard<Option<SqliteConnection>>, StoreError> {
+        let slot = timeout(PATIENCE, self.connection.clone().lock_owned()).await;
+        let Ok(slot) = slot else {
+            let reason = format!("{doing}: other writes took longer than {PATIENCE:?}");
+            return Err(StoreError::Unavailable { reason, source: None });
+        };
+        self.check_file(doing)?;
+        Ok(slot)
+    }
+
+    /// Runs `work` on the writing connection; `work` begins and ends its transaction itself.
+    ///
+    /// `work` returns the connection, unless it may have an open transaction. It runs in the task of
+    /// the caller, because a task of its own would start only after the caller's next yield.
+    ///
+    /// # Cancellation safety
+    /// If the call is dropped, the connection closes. SQLite then rolls back a transaction whose
+    /// commit has not begun.
+    pub(super) async fn run<T, F>(
+        &self,
+        doing: &'static str,
+        work: impl FnOnce(SqliteConnection) -> F,
+    ) -> Result<T, StoreError>
+    where
+        F: Future<Output = (T, Option<SqliteConnection>)>,
+    {
+        let mut slot = self.lock(doing).await?;
+        let connection = match slot.take() {
+            Some(connection) => connection,
+            None => self.options.connect().await.map_err(|error| failed(doing, error))?,
+        };
+        let (result, connection) = work(connection).await;
+        *slot = connection;
+        Ok(result)
+    }
+
     /// Runs `work` in a transaction that holds SQLite's write lock from its start.
     ///
     /// So the data that it reads stays current until it commits.
@@ -100,21 +117,16 @@ impl Writer {
     /// # Cancellation safety
     /// If the call is dropped before its turn, nothing happens; after that the transaction runs to
     /// completion.
-    pub(super) async fn transaction<T, E, W>(&self, doing: &'static str, work: W) -> Result<T, Failure<T, E>>
+    pub(super) async fn transaction<T, E, W>(&self, doing: &'static str, work: W) -> Result<T, E>
     where
         T: Send + 'static,
         E: From<StoreError> + Send + 'static,
         W: for<'c> FnOnce(&'c mut SqliteConnection) -> BoxFuture<'c, Result<T, E>> + Send + 'static,
     {
-        let slot = timeout(PATIENCE, self.connection.clone().lock_owned()).await;
-        let Ok(mut slot) = slot else {
-            let reason = format!("{doing}: other writes took longer than {PATIENCE:?}");
-            return Err(Failure::Refused(StoreError::Unavailable { reason, source: None }.into()));
-        };
-        self.check_file(doing).map_err(|error| Failure::Refused(error.into()))?;
+        let mut slot = self.lock(doing).await?;
         let options = self.options.clone();
         let task = tokio::spawn(async move {
-            let refused = |error| Failure::Refused(E::from(failed(doing, error)));
+            let refused = |error| E::from(failed(doing, error));
             let mut connection = match slot.take() {
                 Some(connection) => connection,
                 None => options.connect().await.map_err(refused)?,
@@ -122,21 +134,17 @@ impl Writer {
             connection.execute("BEGIN IMMEDIATE").await.map_err(refused)?;
             let worked = work(&mut connection).await;
             let ended = connection.execute(if worked.is_ok() { "COMMIT" } else { "ROLLBACK" }).await;
-            let ended = ended.map_err(|error| failed(doing, error));
             if ended.is_ok() {
                 *slot = Some(connection);
             }
-            match (worked, ended) {
-                (Ok(result), Ok(_)) => Ok(result),
-                (Ok(result), Err(error)) => Err(Failure::Commit(error, result)),
-                // SQLite rolls back by itself after some errors, and then has nothing left to roll
-                // back.
-                (Err(error), _) => Err(Failure::Refused(error)),
-            }
+            // SQLite rolls back by itself after some errors, and then has nothing left to roll back.
+            let result = worked?;
+            ended.map_err(refused)?;
+            Ok(result)
         });
         task.await.unwrap_or_else(|error| {
             let reason = format!("{doing}: the transaction ended without a result");
-            Err(Failure::Lost(StoreError::OutcomeUnknown { reason, source: Some(Arc::new(error)) }))
+            Err(StoreError::OutcomeUnknown { reason, source: Some(Arc::new(error)) }.into())
         })
     }
 }

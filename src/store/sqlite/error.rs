@@ -3,7 +3,7 @@
 use std::borrow::Cow;
 use std::error::Error;
 
-use sqlx::error::DatabaseError;
+use sqlx::error::{BoxDynError, DatabaseError};
 use sqlx::sqlite::SqliteError;
 
 use super::super::StoreError;
@@ -53,6 +53,25 @@ pub(crate) fn failed(doing: &str, error: sqlx::Error) -> StoreError {
         sqlx::Error::Encode(_) => StoreError::Invalid { reason: format!("{doing}: {error}") },
         _ => StoreError::storage(format!("{doing}: {error}"), error),
     }
+}
+
+/// Converts an error in encoding a parameter.
+pub(super) fn encoding(doing: &str, error: BoxDynError) -> StoreError {
+    failed(doing, sqlx::Error::Encode(error))
+}
+
+/// Returns whether a unique key or a primary key refused a row: SQLITE_CONSTRAINT_UNIQUE and
+/// SQLITE_CONSTRAINT_PRIMARYKEY.
+pub(super) fn is_key_violation(error: &sqlx::Error) -> bool {
+    database_code(error).is_some_and(|code| ["2067", "1555"].contains(&&*code))
+}
+
+/// Returns whether `storied_expected_events` refused an event that the log does not contain:
+/// SQLITE_CONSTRAINT_TRIGGER with the text of the trigger.
+pub(super) fn is_missing_anchor(error: &sqlx::Error) -> bool {
+    let text = "the log does not contain the expected event";
+    database_code(error).is_some_and(|code| code == "1811")
+        && error.as_database_error().is_some_and(|error| error.message() == text)
 }
 
 /// An error that carries the driver's error.

@@ -8,8 +8,9 @@ use tokio::sync::watch;
 use super::super::append::append_valid;
 use super::super::page_size::PageSizer;
 use super::super::{Append, AppendError, Appended, StoreError, StoreInfo};
-use super::append::{self, Written};
-use super::connection::{Failure, Readers, Writer};
+use super::append::{self, Failure};
+use super::connection::{Readers, Writer};
+use super::number_cache::NumberCache;
 use super::{error, read};
 use crate::event::Position;
 
@@ -19,6 +20,7 @@ pub(super) struct Shared {
     pub(super) writer: Writer,
     pub(super) readers: Readers,
     pub(super) page_sizer: PageSizer,
+    pub(super) numbers: NumberCache,
     pub(super) appended: watch::Sender<Position>,
 }
 
@@ -42,16 +44,18 @@ impl Shared {
     }
 
     async fn write(&self, batch: Vec<Append>) -> Result<Vec<Result<Appended, AppendError>>, StoreError> {
-        let result: Result<Written, Failure<Written, StoreError>> = self
+        let result = self
             .writer
-            .transaction("appending events", move |connection| {
-                Box::pin(async move { append::write(connection, &batch).await })
-            })
-            .await;
+            .run(append::DOING, |connection| append::append(connection, &batch, &self.numbers))
+            .await?;
         let (error, written) = match result {
             Ok(written) => return Ok(written.answers),
             Err(Failure::Commit(error, written)) => (error, written),
-            Err(failure) => return Err(failure.into_error()),
+            Err(Failure::Refused(error)) => return Err(error),
+            Err(Failure::Outdated { .. }) => {
+                let reason = format!("{}: an event violates a key of the log", append::DOING);
+                return Err(StoreError::Corrupt { reason });
+            }
         };
         // I4: a failed commit has usually not happened, and the look-up is cheap.
         let Some((position, id)) = written.proof else { return Ok(written.answers) };
