@@ -254,15 +254,12 @@ impl Committer {
         }
     }
 
-    /// Finishes a transaction, and those that complete meanwhile; returns the number of answers.
+    /// Finishes transactions; returns the number of their appends.
     ///
-    /// The next transaction starts before the answers, so that the disk works while the callers
-    /// that were just answered submit again.
+    /// The next one starts before the answers, so that the disk works while the callers go on.
     async fn finish_all(&mut self, finished: Finished) -> usize {
-        let mut answered = 0;
-        let mut next = Some(finished);
-        while let Some((batch, answers)) = next {
-            next = None;
+        let (mut answered, mut next) = (0, Some(finished));
+        while let Some((batch, answers)) = next.take() {
             if !self.ready.is_empty() {
                 self.start_transaction();
                 if let Poll::Ready(finished) = futures_util::poll!(self.running.next()) {
@@ -380,9 +377,8 @@ impl Committer {
         match answer {
             Ok(appended) => {
                 // A back end that returns no position for an event is faulty.
-                let missing = || StoreError::Corrupt {
-                    reason: "the store returned no position for an appended event".into(),
-                };
+                let reason = "the store returned no position for an appended event";
+                let missing = || StoreError::Corrupt { reason: reason.into() };
                 let mut end = 0;
                 for submission in submissions {
                     end += submission.events.len();

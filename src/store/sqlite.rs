@@ -33,8 +33,8 @@ use tokio::sync::watch;
 use uuid::Uuid;
 
 use self::connection::{Readers, Writer};
-use self::number_cache::NumberCache;
 pub(crate) use self::error::{failed, is_outage, may_be_of_transaction};
+use self::number_cache::NumberCache;
 pub use self::options::SqliteOptions;
 use self::progress::{CONTROLS, PROGRESS};
 pub(crate) use self::schema::home;

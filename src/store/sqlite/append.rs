@@ -11,8 +11,8 @@ mod statements;
 
 use std::collections::HashMap;
 
-use sqlx::sqlite::SqliteConnection;
 use sqlx::Executor;
+use sqlx::sqlite::SqliteConnection;
 
 use self::insert::{EventRow, NewStream};
 pub(super) use self::statements::DOING;
@@ -123,8 +123,11 @@ async fn attempt<'b>(
     let mut versions = StreamVersions::new(versions, Position::START);
     let mut answers: Vec<Result<Appended, AppendError>> =
         batch.iter().map(|append| versions.assign(append).map_err(AppendError::from)).collect();
-    let accepted: Vec<(&Append, &Appended)> =
-        batch.iter().zip(&answers).filter_map(|(append, answer)| Some((append, answer.as_ref().ok()?))).collect();
+    let accepted: Vec<(&Append, &Appended)> = batch
+        .iter()
+        .zip(&answers)
+        .filter_map(|(append, answer)| Some((append, answer.as_ref().ok()?)))
+        .collect();
     if accepted.is_empty() {
         return Ok(Written { answers, proof: None });
     }

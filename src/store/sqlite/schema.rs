@@ -26,6 +26,7 @@ pub(super) async fn prepare(
     codec: Codec,
     may_migrate: bool,
 ) -> Result<(Uuid, Adoption), StoreError> {
+    refuse_text_layout(connection).await?;
     let migrations = sqlx::migrate!("migrations/sqlite");
     if !may_migrate {
         check(connection, &migrations, TABLE).await?;
@@ -61,6 +62,26 @@ pub(super) async fn prepare(
         shown: format!("file {}", meta(connection, "path").await?),
     };
     Ok((id, Adoption::of(recorded, home(path)?)))
+}
+
+/// Refuses tables of the layout before streams and names had numbers.
+///
+/// No release had that layout, so no migration leads from it.
+async fn refuse_text_layout(connection: &mut SqliteConnection) -> Result<(), StoreError> {
+    let sql = "SELECT EXISTS (SELECT 1 FROM pragma_table_info('storied_events') WHERE name = 'stream_id')";
+    let found: bool = sqlx::query_scalar(sql)
+        .fetch_one(connection)
+        .await
+        .map_err(|error| failed("checking the database", error))?;
+    if !found {
+        return Ok(());
+    }
+    Err(StoreError::Incompatible {
+        expected: "storied_events with the numbers of streams and names".into(),
+        found: "storied_events with their text, the layout of an unreleased storied".into(),
+        advice: "use a new file; no migration leads from this layout, and only the program that wrote the file reads it"
+            .into(),
+    })
 }
 
 /// Returns the identity of a file, which a copy does not share.

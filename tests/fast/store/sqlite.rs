@@ -17,8 +17,8 @@ use storied::store::{
 };
 use storied::testing::store::Database;
 use storied::{
-    Codec, EventName, NewEvent, Position, RecordedEvent, SqliteOptions, SqliteStore, StoreError, StreamId,
-    Version,
+    Codec, EventName, Filter, NewEvent, Position, RecordedEvent, SqliteOptions, SqliteStore, StoreError,
+    StreamId, Version,
 };
 use tempfile::TempDir;
 use uuid::Uuid;
@@ -235,7 +235,14 @@ async fn recorded_events_cannot_be_changed() {
     let store = SqliteStore::open(&path).await.unwrap();
     append(&store, one("a", "order.placed")).await.unwrap();
     let mut stranger = stranger(&path).await;
-    for sql in ["UPDATE storied_events SET name = 'order.other'", "DELETE FROM storied_events"] {
+    for sql in [
+        "UPDATE storied_events SET name = 7",
+        "DELETE FROM storied_events",
+        "UPDATE storied_streams SET stream_id = 'b'",
+        "DELETE FROM storied_streams",
+        "UPDATE storied_names SET name = 'order.other'",
+        "DELETE FROM storied_names",
+    ] {
         let error = stranger.execute(sql).await.unwrap_err();
         assert!(error.to_string().contains("append-only"), "{error}");
     }
@@ -288,9 +295,9 @@ async fn a_poisoned_append_fails_alone() {
     stranger(&path)
         .await
         .execute(
-            "CREATE TRIGGER poison BEFORE INSERT ON storied_events WHEN new.name = 'order.poison'
+            "CREATE TRIGGER poison BEFORE INSERT ON storied_events WHEN new.name = (SELECT number FROM storied_names WHERE name = 'order.poison')
              BEGIN SELECT RAISE(ABORT, 'no poison here'); END;
-             CREATE TRIGGER bane BEFORE INSERT ON storied_events WHEN new.name = 'order.bane'
+             CREATE TRIGGER bane BEFORE INSERT ON storied_events WHEN new.name = (SELECT number FROM storied_names WHERE name = 'order.bane')
              BEGIN SELECT RAISE(ROLLBACK, 'no bane either'); END;",
         )
         .await
@@ -332,7 +339,7 @@ async fn a_failed_commit_is_reported() {
         .execute(
             "CREATE TABLE parent (id INTEGER PRIMARY KEY);
              CREATE TABLE child (id INTEGER REFERENCES parent (id) DEFERRABLE INITIALLY DEFERRED);
-             CREATE TRIGGER late AFTER INSERT ON storied_events WHEN new.name = 'order.late'
+             CREATE TRIGGER late AFTER INSERT ON storied_events WHEN new.name = (SELECT number FROM storied_names WHERE name = 'order.late')
              BEGIN INSERT INTO child VALUES (7); END;",
         )
         .await
@@ -368,7 +375,8 @@ async fn unreadable_rows_are_an_error() {
     stranger(&path)
         .await
         .execute(
-            "INSERT INTO storied_events VALUES (2, 'order', 'a', 2, 'no name!', x'00', x'00', x'', x'', 0);",
+            "INSERT INTO storied_names VALUES (99, 'no name!');
+             INSERT INTO storied_events VALUES (2, 1, 2, 1, 99, 0, randomblob(16), randomblob(16), x'', x'');",
         )
         .await
         .unwrap();
@@ -377,6 +385,299 @@ async fn unreadable_rows_are_an_error() {
     let error = store.read_stream(&stream("a"), Version::NONE, 9).await.unwrap_err();
     assert!(matches!(error, StoreError::Corrupt { .. }), "{error:?}");
     assert_eq!(store.read_log(ReadLog::after(Position::START).limit(1)).await.unwrap().events.len(), 1);
+}
+
+/// The columns of the view, in the order of the log.
+async fn log_in_clear(path: &Path) -> Vec<(i64, String, String, i64, String, String, String, String)> {
+    sqlx::query_as(
+        "SELECT position, category, stream_id, version, name, id, command_id, recorded_at FROM storied_log
+         ORDER BY position",
+    )
+    .fetch_all(&mut stranger(path).await)
+    .await
+    .unwrap()
+}
+
+#[tokio::test]
+async fn a_view_shows_the_log_in_clear() {
+    let (_directory, path) = file();
+    let store = SqliteStore::open(&path).await.unwrap();
+    let other = Append::one(
+        StreamId::new("shop.order", "it's").unwrap(),
+        ExpectedVersion::NoStream,
+        vec![event("order.placed"), event("order.paid")],
+    );
+    for answer in store.append(vec![one("a", "order.placed"), other, one("b", "order")]).await {
+        answer.unwrap();
+    }
+    let events = log(&store).await;
+    let shown = log_in_clear(&path).await;
+    assert_eq!(shown.len(), 4);
+    for (event, row) in events.iter().zip(shown) {
+        let (position, category, id, version, name, event_id, command_id, recorded_at) = row;
+        assert_eq!(Position::new(position as u64), event.position);
+        assert_eq!(StreamId::new(category, id).unwrap(), event.stream);
+        assert_eq!(Version::new(version as u64), event.version);
+        assert_eq!(name, event.name.as_str());
+        assert_eq!(event_id.parse::<Uuid>().unwrap(), event.id);
+        assert_eq!(command_id.parse::<Uuid>().unwrap(), event.command_id);
+        let recorded_at: chrono::DateTime<chrono::Utc> = recorded_at.parse().unwrap();
+        assert_eq!(recorded_at, event.recorded_at);
+    }
+    let content: Vec<(Vec<u8>, Vec<u8>)> = sqlx::query_as("SELECT payload, metadata FROM storied_log")
+        .fetch_all(&mut stranger(&path).await)
+        .await
+        .unwrap();
+    assert!(content.iter().all(|(payload, metadata)| payload == b"\xf6" && metadata == b"\xa0"));
+    // Each text is stored once: 3 streams; 2 categories and 3 event names, one of which is a category.
+    for (table, rows) in [("storied_streams", 3), ("storied_names", 4)] {
+        let sql = sqlx::AssertSqlSafe(format!("SELECT count(*) FROM {table}"));
+        let found: i64 = sqlx::query_scalar(sql).fetch_one(&mut stranger(&path).await).await.unwrap();
+        assert_eq!(found, rows, "{table}");
+    }
+}
+
+fn exact(id: &str, version: u64, names: &[&str]) -> Append {
+    let events = names.iter().map(|name| event(name)).collect();
+    Append::one(stream(id), ExpectedVersion::Exact(Version::new(version)), events)
+}
+
+/// Numbers that a rolled back transaction assigned are not remembered.
+#[tokio::test]
+async fn numbers_of_a_rolled_back_append_are_forgotten() {
+    let (_directory, path) = file();
+    let store = SqliteStore::open(&path).await.unwrap();
+    append(&store, exact("a", 0, &["order.placed"])).await.unwrap();
+    stranger(&path)
+        .await
+        .execute(
+            "CREATE TRIGGER full BEFORE INSERT ON storied_events WHEN new.version = 7
+             BEGIN SELECT RAISE(ABORT, 'no more room'); END;",
+        )
+        .await
+        .unwrap();
+    // The names, the stream `b` and its first events are written, then rolled back.
+    let names =
+        ["order.one", "order.two", "order.three", "order.four", "order.five", "order.six", "order.seven"];
+    let error = refused(append(&store, exact("b", 0, &names)).await);
+    assert!(error.to_string().contains("no more room"), "{error}");
+    // The same numbers now mean something else.
+    let second = SqliteStore::open(&path).await.unwrap();
+    append(&second, exact("c", 0, &["order.eight"])).await.unwrap();
+    append(&store, exact("b", 0, &["order.one"])).await.unwrap();
+    append(&store, exact("c", 1, &["order.two"])).await.unwrap();
+    append(&second, exact("b", 1, &["order.six"])).await.unwrap();
+    append(&store, exact("a", 1, &["order.eight"])).await.unwrap();
+    for store in [&store, &second, &SqliteStore::open(&path).await.unwrap()] {
+        assert_sound(store, 6).await;
+        let log = log(store).await;
+        let log: Vec<_> = log.iter().map(|event| (event.stream.id(), event.name.as_str())).collect();
+        assert_eq!(
+            log,
+            [
+                ("a", "order.placed"),
+                ("c", "order.eight"),
+                ("b", "order.one"),
+                ("c", "order.two"),
+                ("b", "order.six"),
+                ("a", "order.eight"),
+            ]
+        );
+    }
+}
+
+/// A backup that SQLite restores into the open file has the same device and number, but another log.
+#[tokio::test]
+async fn numbers_of_a_replaced_log_are_forgotten() {
+    let (directory, path) = file();
+    let store = SqliteStore::open(&path).await.unwrap();
+    append(&store, exact("a", 0, &["order.placed"])).await.unwrap();
+    let backup = directory.path().join("backup.db");
+    let vacuum = sqlx::AssertSqlSafe(format!("VACUUM INTO '{}'", backup.display()));
+    stranger(&path).await.execute(vacuum).await.unwrap();
+    append(&store, exact("b", 0, &["order.paid"])).await.unwrap();
+    append(&store, exact("b", 1, &["order.sent"])).await.unwrap();
+    assert_sound(&store, 3).await;
+    // What a restore does: afterwards the file has the content of the backup, and then other events.
+    let mut restored = stranger(&path).await;
+    let attach = sqlx::AssertSqlSafe(format!("ATTACH '{}' AS backup", backup.display()));
+    restored.execute(attach).await.unwrap();
+    for table in ["events", "streams", "names"] {
+        let sql = format!(
+            "DROP TRIGGER storied_{table}_no_delete; DELETE FROM main.storied_{table};
+             INSERT INTO main.storied_{table} SELECT * FROM backup.storied_{table}"
+        );
+        restored.execute("PRAGMA foreign_keys = OFF").await.unwrap();
+        restored.execute(sqlx::AssertSqlSafe(sql)).await.unwrap();
+    }
+    let second = SqliteStore::open(&path).await.unwrap();
+    append(&second, exact("c", 0, &["order.lost", "order.found", "order.lost"])).await.unwrap();
+
+    // `b` had the number of `c`, and `order.paid` that of `order.lost`.
+    let conflict = append(&store, exact("b", 2, &["order.paid"])).await.unwrap_err();
+    let AppendError::Conflict(conflict) = conflict else { panic!("{conflict:?}") };
+    assert_eq!(conflict.actual, Some(Version::NONE));
+    append(&store, exact("b", 0, &["order.paid"])).await.unwrap();
+    for store in [&store, &second] {
+        assert_sound(store, 5).await;
+        let log = log(store).await;
+        let log: Vec<_> = log.iter().map(|event| (event.stream.id(), event.name.as_str())).collect();
+        let c = [("c", "order.lost"), ("c", "order.found"), ("c", "order.lost")];
+        assert_eq!(log, [&[("a", "order.placed")][..], &c[..], &[("b", "order.paid")][..]].concat());
+    }
+}
+
+/// A reader, too, forgets the numbers of a replaced log.
+#[tokio::test]
+async fn a_page_of_a_replaced_log_has_the_names_of_that_log() {
+    let (_directory, path) = file();
+    let store = SqliteStore::open(&path).await.unwrap();
+    append(&store, exact("a", 0, &["order.placed", "order.paid"])).await.unwrap();
+    assert_sound(&store, 2).await;
+    let mut restored = stranger(&path).await;
+    restored
+        .execute(
+            "DROP TRIGGER storied_events_no_update; DROP TRIGGER storied_streams_no_update;
+             DROP TRIGGER storied_names_no_update;
+             UPDATE storied_events SET id = randomblob(16);
+             UPDATE storied_streams SET stream_id = 'z';
+             UPDATE storied_names SET name = 'order.returned' WHERE name = 'order.paid'",
+        )
+        .await
+        .unwrap();
+    let events = log(&store).await;
+    assert_eq!((events[1].stream.id(), events[1].name.as_str()), ("z", "order.returned"));
+    let events = store.read_stream(&stream("z"), Version::NONE, 9).await.unwrap();
+    assert_eq!(events[1].name.as_str(), "order.returned");
+}
+
+/// Two stores on one file, like two processes, create the same stream and the same names at the same
+/// time.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn two_processes_create_a_stream_once() {
+    let (_directory, path) = file();
+    let stores = [SqliteStore::open(&path).await.unwrap(), SqliteStore::open(&path).await.unwrap()];
+    for round in 0..40 {
+        let id = round.to_string();
+        let name = format!("order.kind_{}", round / 4);
+        let answers = stores.each_ref().map(|store| {
+            let (store, new) = (store.clone(), exact(&id, 0, &[&name, "order.paid"]));
+            tokio::spawn(async move { append(&store, new).await })
+        });
+        let mut written = 0;
+        for answer in answers {
+            match answer.await.unwrap() {
+                Ok(_) => written += 1,
+                Err(AppendError::Conflict(conflict)) => {
+                    assert_eq!(conflict.actual, Some(Version::new(2)));
+                }
+                Err(error) => panic!("{error}"),
+            }
+        }
+        assert_eq!(written, 1);
+        // Both go on with the stream, whichever created it.
+        for (store, version) in stores.iter().zip(2..) {
+            append(store, exact(&id, version, &[&name])).await.unwrap();
+        }
+    }
+    for store in &stores {
+        assert_sound(store, 160).await;
+    }
+    let numbers: (i64, i64) = sqlx::query_as("SELECT count(*), max(number) FROM storied_streams")
+        .fetch_one(&mut stranger(&path).await)
+        .await
+        .unwrap();
+    assert_eq!(numbers, (40, 40));
+}
+
+/// Another process has appended to one stream of a batch whose numbers and versions are known.
+#[tokio::test]
+async fn a_conflict_in_a_batch_of_thirty_refuses_one_append() {
+    let (_directory, path) = file();
+    let store = SqliteStore::open(&path).await.unwrap();
+    let second = SqliteStore::open(&path).await.unwrap();
+    let batch = |version: u64, names: &[&str]| -> Vec<Append> {
+        (0..30).map(|n| exact(&n.to_string(), version, names)).collect()
+    };
+    for answer in store.append(batch(0, &["order.placed"])).await {
+        answer.unwrap();
+    }
+    // One event meets the first of the two events that the batch would append.
+    append(&second, exact("7", 1, &["order.stolen"])).await.unwrap();
+    let answers = store.append(batch(1, &["order.paid", "order.sent"])).await;
+    let mut positions = 32..;
+    for (n, answer) in answers.into_iter().enumerate() {
+        match answer {
+            Ok(appended) => {
+                assert_ne!(n, 7);
+                assert_eq!(appended.versions, [Version::new(3)]);
+                let expected: Vec<_> = positions.by_ref().take(2).map(Position::new).collect();
+                assert_eq!(appended.positions, expected);
+            }
+            Err(AppendError::Conflict(conflict)) => {
+                assert_eq!((conflict.stream, conflict.actual), (stream("7"), Some(Version::new(2))));
+                assert_eq!(n, 7);
+            }
+            Err(error) => panic!("{error}"),
+        }
+    }
+    assert_sound(&store, 31 + 58).await;
+    // An expected version after the end is refused as well, and leaves no hole.
+    let ahead = append(&store, exact("3", 5, &["order.paid"])).await.unwrap_err();
+    assert!(matches!(ahead, AppendError::Conflict(_)), "{ahead:?}");
+    assert_sound(&second, 31 + 58).await;
+}
+
+/// Names that one process adds and another filters by: a name and its aliases are literal.
+#[tokio::test]
+async fn filters_find_names_that_another_process_added() {
+    let (_directory, path) = file();
+    let store = SqliteStore::open(&path).await.unwrap();
+    let name = |name: &str| EventName::new(name).unwrap();
+    let filter = Filter::all().with_names([name("order.placed"), name("order.created")]);
+    let read = ReadLog::after(Position::START).filter(filter);
+    assert!(store.read_log(read.clone()).await.unwrap().events.is_empty());
+    let second = SqliteStore::open(&path).await.unwrap();
+    // `order.created` is an alias of `order.placed`. A category may have the name of an event.
+    append(&second, exact("a", 0, &["order.created", "order.paid", "order.placed"])).await.unwrap();
+    let named = StreamId::new("order.placed", "a").unwrap();
+    let named = Append::one(named, ExpectedVersion::NoStream, vec![event("order.paid")]);
+    append(&second, named).await.unwrap();
+    let page = store.read_log(read).await.unwrap();
+    let found: Vec<_> = page.events.iter().map(|event| event.name.as_str()).collect();
+    assert_eq!(found, ["order.created", "order.placed"]);
+    assert_eq!(page.scanned_to, Position::new(4));
+    let category = Filter::all().category("order.placed").unwrap();
+    let page = store.read_log(ReadLog::after(Position::START).filter(category)).await.unwrap();
+    assert_eq!(page.events.len(), 1);
+    assert_eq!(page.events[0].position, Position::new(4));
+}
+
+/// A database of the layout before streams had numbers.
+#[tokio::test]
+async fn a_database_of_an_older_layout_is_refused() {
+    let (_directory, path) = file();
+    let mut stranger = stranger(&path).await;
+    stranger
+        .execute(
+            "PRAGMA journal_mode = WAL;
+             CREATE TABLE storied_migrations (version INTEGER, description TEXT, installed_on TIMESTAMP, success BOOLEAN,
+                 checksum BLOB, execution_time INTEGER);
+             INSERT INTO storied_migrations VALUES (1, 'events', 0, TRUE, x'00', 0), (2, 'commands', 0, TRUE, x'00', 0);
+             CREATE TABLE storied_events (position INTEGER PRIMARY KEY, category TEXT, stream_id TEXT, version INTEGER);
+             INSERT INTO storied_events VALUES (1, 'order', 'a', 1)",
+        )
+        .await
+        .unwrap();
+    for migrate in [true, false] {
+        let error = SqliteOptions::new(&path).migrate(migrate).open().await.unwrap_err();
+        assert!(matches!(error, StoreError::Incompatible { .. }), "{error:?}");
+        let text = error.to_string();
+        assert!(text.contains("unreleased") && text.contains("use a new file"), "{text}");
+    }
+    let tables = "SELECT count(*) FROM sqlite_master WHERE name LIKE 'storied\\_%' ESCAPE '\\'";
+    let tables: i64 = sqlx::query_scalar(tables).fetch_one(&mut stranger).await.unwrap();
+    assert_eq!(tables, 2, "the database is unchanged");
 }
 
 /// This test binary, running one of the ignored tests below on `path`.

@@ -72,6 +72,8 @@ async fn tampering_with_the_log_is_found() {
     ] {
         for (fixture, store) in filled().await {
             drop(store);
+            // SQLite stores the number of a name; this one is of none.
+            let sql = if fixture.kind == "sqlite" { sql.replace("'a b'", "999") } else { sql.to_owned() };
             fixture.tamper(&sql.replace("{garbage}", garbage(fixture.kind))).await;
             fixture.run(&["verify"]).await.code(1).shows(&["PROBLEM", said]).complains(&["1 problem found"]);
             let json = fixture.run(&["verify", "--json"]).await.code(1).json();

@@ -163,11 +163,7 @@ fn json(created: &[NewStream<'_>]) -> String {
 }
 
 /// Adds the arguments of a row in the order of the columns.
-fn add_row(
-    arguments: &mut SqliteArguments,
-    row: &EventRow<'_>,
-    recorded_at: i64,
-) -> Result<(), StoreError> {
+fn add_row(arguments: &mut SqliteArguments, row: &EventRow<'_>, recorded_at: i64) -> Result<(), StoreError> {
     add(arguments, row.stream)?;
     add(arguments, to_sql(row.version))?;
     add(arguments, row.category)?;

@@ -4,9 +4,9 @@ use futures_util::StreamExt;
 use sqlx::sqlite::{SqliteArguments, SqliteConnection, SqliteQueryResult, SqliteRow};
 use sqlx::{Arguments, Either, Executor, SqlSafeStr};
 
+use super::super::convert::to_sql;
 use super::super::error::encoding;
 use super::super::number_cache::Anchor;
-use super::super::convert::to_sql;
 use crate::store::StoreError;
 
 pub(in crate::store::sqlite) const DOING: &str = "appending events";
@@ -52,10 +52,7 @@ where
 }
 
 /// Adds the arguments of [`EXPECT_ANCHOR`].
-pub(super) fn add_anchor(
-    arguments: &mut SqliteArguments,
-    (position, id): Anchor,
-) -> Result<(), StoreError> {
+pub(super) fn add_anchor(arguments: &mut SqliteArguments, (position, id): Anchor) -> Result<(), StoreError> {
     add(arguments, to_sql(position.get()))?;
     add(arguments, id)
 }
