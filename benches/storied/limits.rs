@@ -34,15 +34,15 @@ pub async fn sqlite_inserts(plan: &Plan, per_transaction: usize) -> Run {
             position += 1;
             query = query
                 .bind(position)
-                .bind("account")
-                .bind((position % 1_000).to_string())
+                .bind(position % 1_000)
                 .bind(position)
-                .bind("account.entered")
+                .bind(1)
+                .bind(2)
+                .bind(position)
                 .bind(Uuid::now_v7())
                 .bind(Uuid::now_v7())
                 .bind(payload.clone())
-                .bind(vec![0xa0_u8])
-                .bind(position);
+                .bind(vec![0xa0_u8]);
         }
         query.execute(&mut connection).await.unwrap();
         connection.execute("COMMIT").await.unwrap();
@@ -221,9 +221,8 @@ async fn open(directory: &tempfile::TempDir) -> SqliteConnection {
     let mut connection = sqlite(directory).await;
     connection
         .execute(
-            "CREATE TABLE events (position INTEGER PRIMARY KEY, category TEXT, stream_id TEXT, version INTEGER, name TEXT,
-             id BLOB, command_id BLOB, payload BLOB, metadata BLOB, recorded_at INTEGER,
-             UNIQUE (stream_id, category, version)) STRICT",
+            "CREATE TABLE events (position INTEGER PRIMARY KEY, stream INTEGER, version INTEGER, category INTEGER, name INTEGER,
+             recorded_at INTEGER, id BLOB, command_id BLOB, payload BLOB, metadata BLOB, UNIQUE (stream, version)) STRICT",
         )
         .await
         .unwrap();

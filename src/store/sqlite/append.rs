@@ -42,7 +42,7 @@ pub(super) enum Failure {
     /// The commit failed, so probably no data was written.
     Commit(StoreError, Written),
     /// Facts of the cache were wrong: newer events of another process, or another log.
-    Outdated { is_other_log: bool },
+    Outdated { is_other_log: bool, error: StoreError },
 }
 
 impl From<StoreError> for Failure {
@@ -62,12 +62,12 @@ impl From<look_up::Failure> for Failure {
 
 /// Converts the error of a statement before the commit.
 fn refused(error: sqlx::Error) -> Failure {
-    if is_missing_anchor(&error) {
-        Failure::Outdated { is_other_log: true }
-    } else if is_key_violation(&error) {
-        Failure::Outdated { is_other_log: false }
+    let (is_other_log, is_key_violation) = (is_missing_anchor(&error), is_key_violation(&error));
+    let error = failed(DOING, error);
+    if is_other_log || is_key_violation {
+        Failure::Outdated { is_other_log, error }
     } else {
-        Failure::Refused(failed(DOING, error))
+        Failure::Refused(error)
     }
 }
 
@@ -90,7 +90,7 @@ pub(super) async fn append(
             _ => connection.execute("ROLLBACK").await.is_ok(),
         };
         match result {
-            Err(Failure::Outdated { is_other_log }) if clean && !looks_up_all => {
+            Err(Failure::Outdated { is_other_log, .. }) if clean && !looks_up_all => {
                 if is_other_log {
                     tracing::warn!("the event store was replaced by another log while it was open");
                     cache.clear();

@@ -212,3 +212,66 @@ fn insert_bounded<T>(names: &mut HashMap<i64, T>, number: i64, name: T) {
     }
     names.insert(number, name);
 }
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+
+    use super::*;
+    use crate::event::NewEvent;
+
+    fn append(id: u64, expected: ExpectedVersion) -> Append {
+        let event = NewEvent {
+            id: Uuid::now_v7(),
+            name: EventName::new("order.placed").unwrap(),
+            payload: Bytes::new(),
+            command_id: Uuid::now_v7(),
+            metadata: Bytes::new(),
+        };
+        Append::one(StreamId::new("order", id).unwrap(), expected, vec![event])
+    }
+
+    #[test]
+    fn only_an_exact_expectation_of_the_last_known_version_needs_no_look_up() {
+        let cache = NumberCache::default();
+        let exact = |version| ExpectedVersion::Exact(Version::new(version));
+        let batch = [append(1, exact(7))];
+        assert!(cache.facts(&batch).streams.is_empty(), "nothing is known");
+        let anchor = (Position::new(9), Uuid::now_v7());
+        let stream = &batch[0].streams[0].stream;
+        cache.committed(anchor, [(stream, 3, Version::new(7))], &HashMap::from([("order", 1)]));
+        let facts = cache.facts(&batch);
+        assert_eq!(facts.anchor, Some(anchor));
+        let fact = StreamFact { number: Some(3), version: Version::new(7) };
+        assert_eq!(facts.streams.get(stream), Some(&fact));
+        assert_eq!(facts.names, HashMap::from([("order", 1)]));
+        for expected in [exact(6), exact(8), ExpectedVersion::Any, ExpectedVersion::StreamExists] {
+            assert!(cache.facts(&[append(1, expected)]).streams.is_empty(), "{expected}");
+        }
+        // A late reader takes nothing back.
+        cache.read_stream(stream, 3, Version::new(5), (Position::new(4), Uuid::now_v7()));
+        assert_eq!(cache.facts(&batch).anchor, Some(anchor));
+        assert_eq!(cache.facts(&batch).streams.len(), 1);
+        cache.clear();
+        assert_eq!((cache.anchor(), cache.facts(&batch).streams.len()), (None, 0));
+    }
+
+    #[test]
+    fn the_cache_is_bounded() {
+        let cache = NumberCache::default();
+        for number in 0..2 * STREAMS.get() as u64 {
+            let (stream, position) = (StreamId::new("order", number).unwrap(), Position::new(number + 1));
+            let (number, name) = (number as i64, format!("order.n{number}"));
+            let names = HashMap::from([(&*name, number)]);
+            cache.committed((position, Uuid::nil()), [(&stream, number, Version::new(1))], &names);
+            cache.add_stream(number, &stream);
+            cache.add_event_name(number, &EventName::new(&name).unwrap());
+            cache.add_category(number, &Category::new(&name).unwrap());
+        }
+        let content = cache.content();
+        assert_eq!((content.streams.len(), content.by_number.len()), (STREAMS.get(), STREAMS.get()));
+        for names in [content.numbers.len(), content.event_names.len(), content.categories.len()] {
+            assert!(names <= NAMES, "{names}");
+        }
+    }
+}

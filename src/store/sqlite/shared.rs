@@ -51,11 +51,8 @@ impl Shared {
         let (error, written) = match result {
             Ok(written) => return Ok(written.answers),
             Err(Failure::Commit(error, written)) => (error, written),
-            Err(Failure::Refused(error)) => return Err(error),
-            Err(Failure::Outdated { .. }) => {
-                let reason = format!("{}: an event violates a key of the log", append::DOING);
-                return Err(StoreError::Corrupt { reason });
-            }
+            // A key that is violated although all was looked up belongs to the application.
+            Err(Failure::Refused(error) | Failure::Outdated { error, .. }) => return Err(error),
         };
         // I4: a failed commit has usually not happened, and the look-up is cheap.
         let Some((position, id)) = written.proof else { return Ok(written.answers) };
