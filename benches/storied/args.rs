@@ -40,6 +40,8 @@ pub enum Workload {
     MemoryCatchup,
     /// Commands on this many node processes.
     Scale(usize),
+    /// CPU time of the server for an appended event, with this many streams.
+    Cpu(usize),
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -81,22 +83,24 @@ pub struct Args {
 }
 
 const USAGE: &str = "usage: cargo bench --bench storied -- \
-[all|codec|commands|hot|append|catchup|rehydrate|publish|acks|latency|live|dispatch|remote|memory|scale]
+[all|codec|commands|hot|append|cpu|catchup|rehydrate|publish|acks|latency|live|dispatch|remote|memory|scale]
        [--store memory|sqlite|postgres] [--bus local|core|jetstream] [--callers N] [--events N] [--payload BYTES]
        [--runs N] [--json FILE]
    or: cargo bench --bench storied -- table FILE.json...   (prints what --json wrote as a table in Markdown)
-codec, append, acks, live, dispatch, remote, memory and scale are several: codec-cbor, codec-json; append-1, append-100;
+codec, append, cpu, acks, live, dispatch, remote, memory and scale are several: codec-cbor, codec-json; append-1, append-100; cpu-1000, cpu-1000000 (streams);
 acks-awaited, acks-dedup; live, live-latency; dispatch-1 to -3 and remote-1 to -3 (nodes); memory-idle, memory-catchup; scale-2
 to -4 (processes)";
 
 impl Workload {
-    const ALL: [Workload; 25] = [
+    const ALL: [Workload; 27] = [
         Workload::Codec(Codec::Cbor),
         Workload::Codec(Codec::Json),
         Workload::Commands,
         Workload::Hot,
         Workload::Append(1),
         Workload::Append(100),
+        Workload::Cpu(1_000),
+        Workload::Cpu(1_000_000),
         Workload::Catchup,
         Workload::Rehydrate,
         Workload::Publish,
@@ -137,6 +141,7 @@ impl Workload {
             Workload::MemoryIdle => "memory-idle".into(),
             Workload::MemoryCatchup => "memory-catchup".into(),
             Workload::Scale(nodes) => format!("scale-{nodes}").into(),
+            Workload::Cpu(streams) => format!("cpu-{streams}").into(),
         }
     }
 
@@ -153,7 +158,9 @@ impl Workload {
     fn stores(self) -> &'static [StoreKind] {
         match self {
             Workload::Codec(_) | Workload::AcksAwaited | Workload::AcksDedup => &[StoreKind::Memory],
-            Workload::Scale(_) | Workload::Live | Workload::LiveLatency => &[StoreKind::Postgres],
+            Workload::Scale(_) | Workload::Cpu(_) | Workload::Live | Workload::LiveLatency => {
+                &[StoreKind::Postgres]
+            }
             Workload::Append(_) | Workload::MemoryCatchup => &[StoreKind::Sqlite, StoreKind::Postgres],
             _ => &StoreKind::ALL,
         }
@@ -195,6 +202,7 @@ impl Workload {
             (Workload::Live, _) => 50_000,
             (Workload::Codec(_), _) => 1_000_000,
             (Workload::Scale(_), _) => 4_000,
+            (Workload::Cpu(_), _) => 60_000,
             (Workload::MemoryIdle, _) => 100_000,
             (Workload::MemoryCatchup, _) => 1_000_000,
             (Workload::Catchup | Workload::Publish, _) => 200_000,

@@ -6,7 +6,7 @@
 //! cargo bench --bench storied -- table FILE.json...
 //! ```
 //!
-//! Workloads: `codec`, `commands`, `hot`, `append`, `catchup`, `rehydrate`, `publish`, `acks`,
+//! Workloads: `codec`, `commands`, `hot`, `append`, `cpu`, `catchup`, `rehydrate`, `publish`, `acks`,
 //! `latency`, `live`, `dispatch`, `remote`, `memory`, `scale`, or `all` (the default), on every store
 //! and every bus that is not excluded. storied and the limit run in turns, `runs` times. The report
 //! has the medians, and their ratio with its spread. The function of a workload describes its limit.
@@ -28,6 +28,7 @@ mod args;
 mod codec;
 mod commands;
 mod commits;
+mod cpu;
 mod delivery;
 mod domain;
 mod latency;
@@ -88,6 +89,7 @@ async fn run(plan: &args::Plan) -> Comparison {
         Workload::Commands => workloads::commands(plan).await,
         Workload::Hot => workloads::hot(plan).await,
         Workload::Append(events) => workloads::append(plan, events).await,
+        Workload::Cpu(streams) => cpu::server(plan, streams).await,
         Workload::Catchup => workloads::catchup(plan).await,
         Workload::Rehydrate => workloads::rehydrate(plan).await,
         Workload::Publish if plan.bus == BusKind::JetStream => delivery::log_stream(plan).await,

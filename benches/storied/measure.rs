@@ -7,7 +7,7 @@ use crate::args::Plan;
 
 /// The result of one side in one run.
 pub struct Run {
-    /// Operations per second; bytes in memory workloads.
+    /// Operations per second; bytes or nanoseconds in workloads that measure a cost.
     figure: f64,
     /// Latency of each operation with a waiting caller.
     latencies: Vec<Duration>,
@@ -40,6 +40,11 @@ impl Run {
     /// Converts the rate to events, for operations with this many events each.
     pub fn of(self, events: usize) -> Self {
         Self { figure: self.figure * events as f64, ..self }
+    }
+
+    /// Returns a cost for which less is better.
+    pub fn nanoseconds(cost: f64) -> Self {
+        Self { figure: cost, latencies: Vec::new() }
     }
 
     pub fn bytes(bytes: f64) -> Self {
@@ -136,12 +141,17 @@ impl fmt::Display for Report {
                     let rate = side.figure;
                     writeln!(f, "  {name:<6} {rate:>12.0}/s   p50 {p50:>9.0} us   p99 {p99:>9.0} us")?;
                 }
-                _ => writeln!(f, "  {name:<6} {:>12.0} bytes", side.figure)?,
+                _ => writeln!(f, "  {name:<6} {:>12.0} {}", side.figure, unit(&workload))?,
             }
         }
         let [least, most] = self.spread;
         writeln!(f, "  ratio  {:.2}  [{least:.2}..{most:.2}]   {}", self.ratio, self.note)
     }
+}
+
+/// Returns the unit of a figure without latencies.
+fn unit(workload: &str) -> &'static str {
+    if workload.starts_with("cpu-") { "ns" } else { "bytes" }
 }
 
 /// Returns the results of `--json` files as a table in Markdown.
@@ -167,7 +177,11 @@ fn line(row: &Value) -> String {
     let text = |key: &str| row[key].as_str().unwrap_or_default().to_owned();
     let [ours, limit] = ["ours", "limit"].map(|side| &row[side]);
     let figure = |side: &Value| match side["p50_us"].is_null() {
-        true => format!("{} B", thousands(side["per_second"].as_f64().unwrap_or_default())),
+        true => format!(
+            "{} {}",
+            thousands(side["per_second"].as_f64().unwrap_or_default()),
+            unit(row["workload"].as_str().unwrap_or_default())
+        ),
         false => format!("{}/s", thousands(side["per_second"].as_f64().unwrap_or_default())),
     };
     let both = |key: &str| match (ours[key].as_f64(), limit[key].as_f64()) {

@@ -30,6 +30,7 @@ mod inner;
 mod leases;
 mod notices;
 mod notify;
+mod numbering;
 mod numbers;
 mod options;
 pub(crate) mod progress;

@@ -13,7 +13,8 @@ use super::convert::{from_sql, to_sql};
 use super::durability;
 use super::error::{ErrorClass, class_of, failed};
 use super::inner::PgInner;
-use super::numbers::{NumberingError, SeenEvent};
+use super::numbering::{NumberingError, number_names};
+use super::numbers::SeenEvent;
 use crate::event::{NewEvent, Position, RecordedEvent, StreamId, Version};
 
 /// The outcome of an append.
@@ -24,7 +25,7 @@ pub(super) type Outcome = Option<Result<Appended, AppendError>>;
 /// Sends appends in one transaction; returns the outcome of each.
 pub(super) async fn call(core: &Arc<PgInner>, appends: &[&Append]) -> Result<Vec<Outcome>, Failure> {
     core.stuck.check()?;
-    core.numbers.number_names(core, appends).await.map_err(|error| match error {
+    number_names(core, appends).await.map_err(|error| match error {
         NumberingError::Store(error) => Failure::Failed(error),
         NumberingError::Database(error) if class_of(&error) == ErrorClass::Unknown => {
             core.connections.purge();

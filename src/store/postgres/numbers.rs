@@ -2,16 +2,11 @@
 
 use std::collections::{HashMap, HashSet};
 use std::num::NonZeroUsize;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use lru::LruCache;
-use sqlx::Row;
-use sqlx::postgres::PgRow;
 
-use super::super::{Append, StoreError};
-use super::connection::Session;
-use super::error::failed;
-use super::inner::PgInner;
+use super::super::Append;
 use crate::event::{Category, EventName, Position, RecordedEvent, StreamId, Version};
 
 /// Maximum number of streams whose number and end are cached, in each direction.
@@ -19,8 +14,6 @@ const STREAMS: NonZeroUsize = NonZeroUsize::new(50_000).unwrap();
 
 /// Maximum number of names that are cached, in each direction.
 const NAMES: usize = 100_000;
-
-const NUMBERING: &str = "numbering event names";
 
 /// An event of a stream that this process has seen.
 #[derive(Debug, Clone, Copy)]
@@ -124,45 +117,27 @@ impl Numbers {
         }
     }
 
-    /// Ensures that all names and categories of appends have numbers; most often they do.
-    ///
-    /// The numbers are committed before an append uses them.
-    pub(super) async fn number_names(
-        &self,
-        core: &Arc<PgInner>,
-        appends: &[&Append],
-    ) -> Result<(), NumberingError> {
+    /// Returns the names and categories of appends that have no numbers yet.
+    pub(super) fn unnumbered(&self, appends: &[&Append]) -> (Vec<EventName>, Vec<Category>) {
         let (mut names, mut categories) = (HashSet::new(), HashSet::new());
-        {
-            let known = self.of_server();
-            for part in appends.iter().flat_map(|append| &append.streams) {
-                if known.category(&part.stream).is_none() {
-                    categories.insert(part.stream.category_name().clone());
-                }
-                let unknown = part.events.iter().filter(|event| known.name(&event.name).is_none());
-                names.extend(unknown.map(|event| event.name.clone()));
+        let known = self.of_server();
+        for part in appends.iter().flat_map(|append| &append.streams) {
+            if known.category(&part.stream).is_none() {
+                categories.insert(part.stream.category_name().clone());
             }
+            let unknown = part.events.iter().filter(|event| known.name(&event.name).is_none());
+            names.extend(unknown.map(|event| event.name.clone()));
         }
-        if names.is_empty() && categories.is_empty() {
-            return Ok(());
-        }
-        let (names, categories): (Vec<_>, Vec<_>) =
-            (names.into_iter().collect(), categories.into_iter().collect());
-        let texts: Vec<&str> =
-            names.iter().map(EventName::as_str).chain(categories.iter().map(Category::as_str)).collect();
-        let session = core.connections.get(NUMBERING).await;
-        let mut session = session.map_err(NumberingError::Store)?;
-        let query = sqlx::query(core.sql.number_names.clone())
-            .bind(texts)
-            .persistent(core.connections.persistent())
-            .fetch_one(&mut *session);
-        let row = core.timed(query).await.map_err(NumberingError::Database)?;
-        let columns = (row.try_get::<Vec<i32>, _>(0), row.try_get(1));
-        let (numbers, server) = match columns {
-            (Ok(numbers), Ok(server)) => (numbers, server),
-            (Err(error), _) | (_, Err(error)) => return Err(NumberingError::Database(error)),
-        };
-        core.timed(session.done()).await.map_err(NumberingError::Database)?;
+        (names.into_iter().collect(), categories.into_iter().collect())
+    }
+
+    /// Records the numbers of names and categories on the server process `server`.
+    pub(super) fn learn_names(
+        &self,
+        server: i64,
+        names: impl ExactSizeIterator<Item = (EventName, i32)>,
+        categories: impl Iterator<Item = (Category, i32)>,
+    ) {
         let mut known = self.of_server();
         if known.server != server {
             *known = ServerNumbers::of(server);
@@ -170,62 +145,35 @@ impl Numbers {
         if known.names.len() + names.len() > NAMES {
             known.names.clear();
         }
-        let (of_names, of_categories) = numbers.split_at(names.len().min(numbers.len()));
-        known.names.extend(names.into_iter().zip(of_names.iter().copied()));
-        known.categories.extend(categories.into_iter().zip(of_categories.iter().copied()));
-        Ok(())
+        known.names.extend(names);
+        known.categories.extend(categories);
     }
 
-    /// Replaces the numbers of events by their names and streams.
-    ///
-    /// An event whose stream does not exist is ignored. Only a program that calls `storied.append()`
-    /// by hand can write one; it must not stop the readers of the log.
-    ///
-    /// # Errors
-    /// `Corrupt` if a name has no row.
-    pub(super) async fn resolve(
-        &self,
-        core: &Arc<PgInner>,
-        doing: &str,
-        numbered: NumberedEvents,
-    ) -> Result<Vec<RecordedEvent>, StoreError> {
-        let NumberedEvents { mut events, numbers } = numbered;
-        let (names, streams) = self.fill(&mut events, &numbers);
-        if !names.is_empty() || !streams.is_empty() {
-            let mut session = core.connections.get(doing).await?;
-            if !names.is_empty() {
-                self.read_names(core, &mut session, doing, &names).await?;
+    /// Records the names of numbers.
+    pub(super) fn learn_texts(&self, names: impl Iterator<Item = (i32, EventName)>) {
+        let mut texts = self.texts.lock().unwrap_or_else(PoisonError::into_inner);
+        for (number, name) in names {
+            if texts.names.len() >= NAMES {
+                texts.names.clear();
             }
-            let found = if streams.is_empty() {
-                HashMap::new()
-            } else {
-                self.read_streams(core, &mut session, doing, &streams).await?
-            };
-            session.finish(doing).await?;
-            let mut strays = HashSet::new();
-            for (event, (_, stream)) in events.iter_mut().zip(&numbers) {
-                let Some(number) = stream.filter(|number| streams.contains(number)) else { continue };
-                match found.get(&number) {
-                    Some(stream) => event.stream = stream.clone(),
-                    None => _ = strays.insert(event.position),
-                }
-            }
-            if let Some(number) = self.fill_names(&mut events, &numbers).first() {
-                return Err(corrupt(doing, &format!("name {number} has no text")));
-            }
-            for position in &strays {
-                tracing::error!(
-                    %position,
-                    "ignored an event without a stream: a program has called storied.append() by hand"
-                );
-            }
-            events.retain(|event| !strays.contains(&event.position));
+            texts.names.insert(number, name);
         }
-        Ok(events)
+    }
+
+    /// Records the streams of numbers.
+    pub(super) fn learn_streams(&self, streams: &HashMap<i64, StreamId>) {
+        let mut texts = self.texts.lock().unwrap_or_else(PoisonError::into_inner);
+        for (number, stream) in streams {
+            texts.streams.put(*number, stream.clone());
+        }
     }
 
     /// Replaces the known numbers; returns the unknown ones.
-    fn fill(&self, events: &mut [RecordedEvent], numbers: &[(i32, Option<i64>)]) -> (Vec<i32>, Vec<i64>) {
+    pub(super) fn fill(
+        &self,
+        events: &mut [RecordedEvent],
+        numbers: &[(i32, Option<i64>)],
+    ) -> (Vec<i32>, Vec<i64>) {
         let mut unknown = HashSet::new();
         {
             let mut texts = self.texts.lock().unwrap_or_else(PoisonError::into_inner);
@@ -240,7 +188,12 @@ impl Numbers {
         (self.fill_names(events, numbers), unknown.into_iter().collect())
     }
 
-    fn fill_names(&self, events: &mut [RecordedEvent], numbers: &[(i32, Option<i64>)]) -> Vec<i32> {
+    /// As [`fill`](Self::fill), for names only.
+    pub(super) fn fill_names(
+        &self,
+        events: &mut [RecordedEvent],
+        numbers: &[(i32, Option<i64>)],
+    ) -> Vec<i32> {
         let mut unknown = HashSet::new();
         let texts = self.texts.lock().unwrap_or_else(PoisonError::into_inner);
         for (event, (name, _)) in events.iter_mut().zip(numbers) {
@@ -251,78 +204,4 @@ impl Numbers {
         }
         unknown.into_iter().collect()
     }
-
-    async fn read_names(
-        &self,
-        core: &PgInner,
-        session: &mut Session,
-        doing: &str,
-        numbers: &[i32],
-    ) -> Result<(), StoreError> {
-        let rows = sqlx::query(core.sql.names.clone())
-            .bind(numbers)
-            .persistent(core.connections.persistent())
-            .fetch_all(&mut **session)
-            .await
-            .map_err(|error| failed(doing, error))?;
-        for row in &rows {
-            let columns = || -> Result<(i32, String), sqlx::Error> { Ok((row.try_get(0)?, row.try_get(1)?)) };
-            let (number, name) = columns().map_err(|error| failed(doing, error))?;
-            let name = EventName::new(name).map_err(|error| corrupt(doing, &error.to_string()))?;
-            let mut texts = self.texts.lock().unwrap_or_else(PoisonError::into_inner);
-            if texts.names.len() >= NAMES {
-                texts.names.clear();
-            }
-            texts.names.insert(number, name);
-        }
-        Ok(())
-    }
-
-    async fn read_streams(
-        &self,
-        core: &PgInner,
-        session: &mut Session,
-        doing: &str,
-        numbers: &[i64],
-    ) -> Result<HashMap<i64, StreamId>, StoreError> {
-        let rows = sqlx::query(core.sql.streams.clone())
-            .bind(numbers)
-            .persistent(core.connections.persistent())
-            .fetch_all(&mut **session)
-            .await
-            .map_err(|error| failed(doing, error))?;
-        let mut categories: HashMap<String, Category> = HashMap::new();
-        let mut found = HashMap::with_capacity(rows.len());
-        let columns = |row: &PgRow| -> Result<(i64, String, String), sqlx::Error> {
-            Ok((row.try_get(0)?, row.try_get(1)?, row.try_get(2)?))
-        };
-        for row in &rows {
-            let (number, category, id) = columns(row).map_err(|error| failed(doing, error))?;
-            let category = match categories.get(&category) {
-                Some(category) => category.clone(),
-                None => {
-                    let checked =
-                        Category::new(&category).map_err(|error| corrupt(doing, &error.to_string()))?;
-                    categories.entry(category).or_insert(checked).clone()
-                }
-            };
-            found.insert(number, StreamId::stored(category, id.into()));
-        }
-        let mut texts = self.texts.lock().unwrap_or_else(PoisonError::into_inner);
-        for (number, stream) in &found {
-            texts.streams.put(*number, stream.clone());
-        }
-        Ok(found)
-    }
-}
-
-fn corrupt(doing: &str, reason: &str) -> StoreError {
-    StoreError::Corrupt { reason: format!("{doing}: {reason}") }
-}
-
-/// The reason why names could not be numbered. Nothing else was written.
-#[derive(Debug)]
-pub(super) enum NumberingError {
-    Store(StoreError),
-    Database(sqlx::Error),
 }

@@ -14,6 +14,7 @@ use super::connection::Session;
 use super::convert::{from_sql, to_sql};
 use super::error::failed;
 use super::inner::PgInner;
+use super::numbering::resolve;
 use super::numbers::NumberedEvents;
 use crate::codec::Codec;
 use crate::event::{Category, EventName, InvalidName, Position, RecordedEvent, StreamId, Version};
@@ -112,7 +113,7 @@ async fn adjacent(core: &Arc<PgInner>, read: &ReadLog, page: &mut LogPage) -> Re
         taken.numbers.push(numbers);
     }
     let count = taken.events.len();
-    let events = core.numbers.resolve(core, READING_LOG, taken).await?;
+    let events = resolve(core, READING_LOG, taken).await?;
     page.events.extend(events.into_iter().filter(|event| read.filter.matches(event)));
     page.scanned_to = upto;
     let Some(id) = last else { return Ok(false) };
@@ -184,7 +185,7 @@ async fn page(core: &Arc<PgInner>, read: &ReadLog, head: Position) -> Result<Log
     } else {
         session.finish(READING_LOG).await?;
     }
-    page.events = core.numbers.resolve(core, READING_LOG, found.events).await?;
+    page.events = resolve(core, READING_LOG, found.events).await?;
     page.events.retain(|event| filter.matches(event));
     Ok(page)
 }
@@ -319,7 +320,7 @@ pub(super) async fn stream(
         }
     }
     session.finish(READING_STREAM).await?;
-    core.numbers.resolve(core, READING_STREAM, found).await
+    resolve(core, READING_STREAM, found).await
 }
 
 /// Decodes rows into events, without their names and streams, which the rows have as numbers.
