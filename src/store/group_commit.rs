@@ -1,8 +1,8 @@
 //! The group-commit writer: concurrent appends of all aggregates of a process share transactions.
 //!
 //! There is no timer. A transaction takes all appends that were queued while the previous one was
-//! in flight, so a lone append never waits and a busy store gets large transactions. It starts
-//! before the previous one is answered. Each stream is in at most one transaction in flight.
+//! in flight, so a lone append never waits and a busy store gets large transactions. Each stream is
+//! in at most one transaction in flight.
 //!
 //! If an append fails, the appends decided on its events fail too, and no others. If the store
 //! refuses the content of a transaction, the writer sends its appends again in halves, until the
@@ -254,11 +254,11 @@ impl Committer {
 
     /// Finishes transactions; returns the number of their appends.
     ///
-    /// The next one starts before the answers, so that the disk works while the callers go on.
+    /// A next one without a rival starts before the answers: the disk works while callers go on.
     async fn finish_all(&mut self, finished: Finished) -> usize {
         let (mut answered, mut next) = (0, Some(finished));
         while let Some((batch, answers)) = next.take() {
-            if !self.ready.is_empty() {
+            if self.concurrency == 1 && !self.ready.is_empty() {
                 self.start_transaction();
                 if let Poll::Ready(finished) = futures_util::poll!(self.running.next()) {
                     next = finished;
