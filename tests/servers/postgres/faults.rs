@@ -382,6 +382,7 @@ async fn writers_do_not_wait_for_each_other() {
              FOR EACH ROW EXECUTE FUNCTION wait_for_gate()",
     )
     .await;
+    run(&url, "SELECT storied.number_names(ARRAY['order', 'order.placed'])").await;
     let mut gate = connect(&url).await;
     gate.execute("BEGIN; LOCK TABLE gate").await.unwrap();
     let begun = async |id: &str, expected: i64| {
