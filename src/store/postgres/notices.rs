@@ -67,13 +67,17 @@ fn can_watch() -> bool {
 }
 
 fn enter(warned: bool) -> Option<DefaultGuard> {
-    static NOTES: OnceLock<Dispatch> = OnceLock::new();
+    // Two, because `tracing` asks only the subscriber of the current thread about a new callsite
+    // while a process has a single one. If the driver's first warning came outside of a call, its
+    // callsite would be switched off for the life of the process.
+    static NOTES: OnceLock<[Dispatch; 2]> = OnceLock::new();
     if !can_watch() || SCOPE.with_borrow(Option::is_some) {
         return None;
     }
     let outer = dispatcher::get_default(Clone::clone);
     SCOPE.set(Some(Scope { outer, warned, wanted: false }));
-    Some(dispatcher::set_default(NOTES.get_or_init(|| Dispatch::new(Notes))))
+    let [notes, _] = NOTES.get_or_init(|| [Dispatch::new(Notes), Dispatch::new(Notes)]);
+    Some(dispatcher::set_default(notes))
 }
 
 fn leave(scope: Option<DefaultGuard>, warned: bool) -> bool {
@@ -158,5 +162,38 @@ impl Subscriber for Notes {
 
     fn try_close(&self, id: Id) -> bool {
         outer().try_close(id)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Sends a warning as the driver does.
+    fn warn() {
+        if tracing::enabled!(target: TARGET, Level::WARN) {
+            tracing::event!(target: TARGET, Level::WARN, "canceled");
+        }
+    }
+
+    /// Without a subscriber of the application, and with the first warning outside of a call.
+    #[tokio::test]
+    #[ignore = "needs a process of its own: `the_first_warning_may_come_outside_of_a_call` starts it"]
+    async fn alone() {
+        assert!(!watch(async {}).await.1);
+        warn();
+        assert!(watch(async { warn() }).await.1);
+        assert!(!watch(async {}).await.1);
+    }
+
+    #[test]
+    fn the_first_warning_may_come_outside_of_a_call() {
+        let name = "store::postgres::notices::tests::alone";
+        let output = std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", name, "--ignored"])
+            .output()
+            .unwrap();
+        let printed = String::from_utf8_lossy(&output.stdout);
+        assert!(output.status.success() && printed.contains("1 passed"), "{printed}");
     }
 }
