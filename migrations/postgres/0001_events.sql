@@ -220,16 +220,14 @@ BEGIN
             AND array_lower(event_name, 1) = 1 AND array_lower(event_id, 1) = 1
             AND cardinality(part_stream) = parts AND cardinality(part_category) = parts AND cardinality(part_stream_id) = parts
             AND cardinality(part_unit) = parts AND cardinality(part_events) = parts AND cardinality(event_name) = events
-            AND (events = parts AND 1 = ALL (part_events) OR 1 <= ALL (part_events)
-                AND (SELECT sum(p.count) FROM unnest(part_events) AS p (count)) = events), false) THEN
-        RAISE EXCEPTION 'parts and events do not fit together' USING ERRCODE = 'invalid_parameter_value';
+            AND events >= parts AND 1 <= ALL (part_events) AND event_name <@ used_names AND part_category <@ used_names, false) THEN
+        RAISE EXCEPTION 'parts, events and names do not fit together' USING ERRCODE = 'invalid_parameter_value';
     END IF;
-    IF NOT coalesce(
-        event_name <@ used_names AND part_category <@ used_names
-            AND (SELECT count(*) FROM storied.names AS n WHERE n.number = ANY (used_names)) = cardinality(used_names), false) THEN
-        RAISE EXCEPTION 'a category or an event name has no number' USING ERRCODE = 'invalid_parameter_value';
-    END IF;
-    IF events > parts THEN
+    -- An expression without a query takes a tenth of the time of one with a query.
+    IF events > parts OR NOT 1 = ALL (part_events) THEN
+        IF (SELECT sum(p.count) FROM unnest(part_events) AS p (count)) <> events THEN
+            RAISE EXCEPTION 'parts and events do not fit together' USING ERRCODE = 'invalid_parameter_value';
+        END IF;
         SELECT array_agg(p.part ORDER BY p.part, n), array_agg(n ORDER BY p.part, n) INTO event_part, event_n
         FROM unnest(part_events) WITH ORDINALITY AS p (count, part), generate_series(1, p.count) AS n;
     END IF;
@@ -289,17 +287,23 @@ BEGIN
     END IF;
 
     positions := ARRAY(SELECT nextval('storied.positions') FROM generate_series(1, events));
+    IF (SELECT count(*) FROM storied.names AS n WHERE n.number = ANY (used_names)) <> cardinality(used_names) THEN
+        RAISE EXCEPTION 'a category or an event name has no number' USING ERRCODE = 'invalid_parameter_value';
+    END IF;
 
     -- Not SET in the head of the function: only a superuser may create a function that sets a custom
     -- parameter.
     guard := set_config('storied_log.appending', 'on', true);
 
-    plain := NOT look_up AND (known_position IS NULL OR known_position < positions[1]) AND (known OR NOT EXISTS (
-        SELECT FROM unnest(streams, part_stream, part_expected) AS p (stream, known, expected)
-        WHERE p.known IS NULL AND (p.stream IS NULL OR p.expected <> 0 AND NOT coalesce((
-            SELECT e.position < positions[1] FROM storied.events AS e
-            WHERE e.stream = p.stream AND e.version >= p.expected AND e.version <= p.expected
-            ORDER BY e.version LIMIT 1), false)))); -- a range with an order, which the index by command does not have
+    plain := NOT look_up AND (known_position IS NULL OR known_position < positions[1]);
+    IF plain AND NOT known THEN
+        plain := NOT EXISTS (
+            SELECT FROM unnest(streams, part_stream, part_expected) AS p (stream, known, expected)
+            WHERE p.known IS NULL AND (p.stream IS NULL OR p.expected <> 0 AND NOT coalesce((
+                SELECT e.position < positions[1] FROM storied.events AS e
+                WHERE e.stream = p.stream AND e.version >= p.expected AND e.version <= p.expected
+                ORDER BY e.version LIMIT 1), false))); -- a range with an order, which the index by command does not have
+    END IF;
     IF plain THEN
         BEGIN
             -- Sorted, so that transactions with common streams wait in the same order.
