@@ -3,12 +3,13 @@
 -- delete events, to draw or set positions, or to change storied's tables.
 
 -- A program: runs a Runtime with PostgresOptions::migrate(false). It appends events through
--- storied.append() and storied.append_one(), which run with the rights of their owner and check
--- their arguments.
+-- storied.append(), storied.append_known() and storied.append_one(), which run with the rights of
+-- their owner and check their arguments.
 GRANT USAGE ON SCHEMA storied TO shop;
 GRANT SELECT ON storied.events, storied.streams, storied.names, storied.positions, storied.meta TO shop;
 GRANT SELECT ON storied.migrations, storied.read_model_migrations TO shop;
-GRANT EXECUTE ON FUNCTION storied.append, storied.append_one, storied.number_names TO shop;
+GRANT EXECUTE ON FUNCTION storied.append, storied.append_known, storied.append_one TO shop;
+GRANT EXECUTE ON FUNCTION storied.number_names TO shop;
 GRANT EXECUTE ON FUNCTION storied.high_water_mark, storied.command_events, storied.stream_number TO shop;
 GRANT SELECT, INSERT, UPDATE ON storied.leases, storied.snapshots, storied.controls, storied.publisher TO shop;
 GRANT SELECT, INSERT, UPDATE ON storied.projections, storied.checkpoints TO shop;

@@ -388,6 +388,80 @@ BEGIN
 END $$;
 REVOKE EXECUTE ON FUNCTION storied.append FROM PUBLIC;
 
+-- Like storied.append(), for units of one part each, whose streams the caller knows. It takes less
+-- time, because each array has one entry for each event and nothing is read.
+--
+-- If the caller names another server process, if the sequence was set back, or after a violation, the
+-- function returns null and changes nothing; storied.append() then looks at each stream.
+CREATE FUNCTION storied.append_known(
+    known_server     bigint,           -- as in storied.append
+    known_position   bigint,
+    used_names       integer[],
+    event_stream     bigint[],         -- sorted, so that transactions with common streams wait in the same order
+    event_expected   bigint[],         -- version of the event before it in the stream
+    event_category   integer[],
+    event_name       integer[],
+    event_id         uuid[],
+    event_command_id uuid[],
+    event_payload    bytea[],
+    event_metadata   bytea[]
+) RETURNS bigint[]                     -- position of each event
+LANGUAGE plpgsql VOLATILE SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp
+SET plan_cache_mode = force_generic_plan
+SET enable_seqscan = off
+SET enable_bitmapscan = off
+AS $$
+DECLARE
+    positions bigint[];
+    guard     text;                    -- as in storied.append
+BEGIN
+    IF current_setting('synchronous_commit') = 'off' THEN
+        RAISE EXCEPTION 'synchronous_commit is off: events would be acknowledged before they are durable'
+            USING ERRCODE = 'ST002';
+    END IF;
+    IF current_setting('transaction_isolation') <> 'read committed' THEN
+        RAISE EXCEPTION 'appending needs the isolation level read committed, not %', current_setting('transaction_isolation')
+            USING ERRCODE = 'ST002';
+    END IF;
+    IF known_server IS DISTINCT FROM storied.server() THEN
+        RETURN NULL;
+    END IF;
+    -- Arrays of other lengths leave columns without a value, which the table refuses.
+    IF NOT coalesce(
+        known_position >= 1 AND 1 <= ALL (event_expected) AND cardinality(event_stream) = cardinality(event_id)
+            AND event_name <@ used_names AND event_category <@ used_names, false) THEN
+        RAISE EXCEPTION 'events and names do not fit together, or a stream is not known by an event'
+            USING ERRCODE = 'invalid_parameter_value';
+    END IF;
+
+    PERFORM pg_advisory_xact_lock_shared(
+        (('storied.positions'::regclass::oid::bigint & 1048575) << 44)
+        | coalesce(pg_sequence_last_value('storied.positions'), 0));
+
+    positions := ARRAY(SELECT nextval('storied.positions') FROM generate_series(1, cardinality(event_id)));
+    IF positions[1] <= known_position THEN
+        RETURN NULL;
+    END IF;
+    IF (SELECT count(*) FROM storied.names AS n WHERE n.number = ANY (used_names)) <> cardinality(used_names) THEN
+        RAISE EXCEPTION 'a category or an event name has no number' USING ERRCODE = 'invalid_parameter_value';
+    END IF;
+
+    guard := set_config('storied_log.appending', 'on', true);
+    BEGIN
+        INSERT INTO storied.events
+            (position, version, stream, id, command_id, category, name, payload, metadata)
+        SELECT i.position, i.expected + 1, i.stream, i.id, i.command_id, i.category, i.name, i.payload, i.metadata
+        FROM unnest(positions, event_stream, event_expected, event_category, event_name, event_id, event_command_id, event_payload, event_metadata)
+            AS i (position, stream, expected, category, name, id, command_id, payload, metadata);
+    EXCEPTION WHEN unique_violation THEN
+        positions := NULL;
+    END;
+    guard := set_config('storied_log.appending', 'off', true);
+    RETURN positions;
+END $$;
+REVOKE EXECUTE ON FUNCTION storied.append_known FROM PUBLIC;
+
 -- Like storied.append(), for the most frequent case: one event that follows an event which the
 -- caller has seen. It takes half the time, because its arguments are not arrays.
 --

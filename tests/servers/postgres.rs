@@ -6,6 +6,7 @@ mod by_name;
 mod conformance;
 mod faults;
 mod mark;
+mod numbers;
 mod oracle;
 mod outage;
 mod plans;

@@ -108,17 +108,33 @@ async fn execute(
     session: &mut Session,
     appends: &[&Append],
 ) -> Result<Option<Reply>, sqlx::Error> {
+    let mut look_up = false;
     // Not in an explicit transaction: its end is looked up by its id, which only `append()`
     // returns.
-    if !core.connections.appends_in_transactions()
-        && let [append] = appends
-        && let [part] = append.streams.as_slice()
-        && let [event] = part.events.as_slice()
-        && let Some(reply) = execute_one(core, session, part, event).await?
-    {
-        return Ok(Some(reply));
+    if !core.connections.appends_in_transactions() {
+        let reply = match single(appends) {
+            Some((part, event)) => execute_one(core, session, part, event).await?,
+            None => match known(core, appends) {
+                Some(known) => {
+                    look_up = true;
+                    execute_known(core, session, appends, known).await?
+                }
+                None => None,
+            },
+        };
+        if reply.is_some() {
+            return Ok(reply);
+        }
     }
-    execute_many(core, session, appends).await
+    execute_many(core, session, appends, look_up).await
+}
+
+/// Returns the only event of a call, and its stream.
+fn single<'a>(appends: &[&'a Append]) -> Option<(&'a StreamAppend, &'a NewEvent)> {
+    let [append] = appends else { return None };
+    let [part] = append.streams.as_slice() else { return None };
+    let [event] = part.events.as_slice() else { return None };
+    Some((part, event))
 }
 
 /// Returns the version that a part expects, if it is a single one.
@@ -222,16 +238,109 @@ fn numbered(core: &PgInner, appends: &[&Append]) -> Option<Numbered> {
     Some(Numbered { server: known.server, position, streams, categories, names, used })
 }
 
+/// The arguments of `storied.append_known()`, one entry for each event.
+#[derive(Default)]
+struct Known {
+    server: i64,
+    /// Indexes of the appends, sorted by stream: transactions with common streams wait in one order.
+    order: Vec<usize>,
+    position: Position,
+    streams: Vec<i64>,
+    expected: Vec<i64>,
+    categories: Vec<i32>,
+    names: Vec<i32>,
+}
+
+/// Returns nothing unless this process has seen the event before each append.
+fn known(core: &PgInner, appends: &[&Append]) -> Option<Known> {
+    let mut numbers = core.numbers.of_server();
+    let mut parts = Vec::with_capacity(appends.len());
+    for (index, append) in appends.iter().enumerate() {
+        let [part] = append.streams.as_slice() else { return None };
+        let last = numbers.last_event(&part.stream)?;
+        if exact(part)? != to_sql(last.version.get()) {
+            return None;
+        }
+        parts.push((index, part, last));
+    }
+    parts.sort_unstable_by_key(|(_, _, last)| last.stream);
+    let mut known = Known { server: numbers.server, ..Known::default() };
+    for (index, part, last) in parts {
+        known.order.push(index);
+        known.position = known.position.max(last.position);
+        let category = numbers.category(&part.stream)?;
+        for (event, n) in part.events.iter().zip(0..) {
+            known.streams.push(last.stream);
+            known.expected.push(to_sql(last.version.plus(n).get()));
+            known.categories.push(category);
+            known.names.push(numbers.name(&event.name)?);
+        }
+    }
+    Some(known)
+}
+
+/// Appends after events that this process has seen; `None` if it cannot.
+async fn execute_known(
+    core: &PgInner,
+    session: &mut Session,
+    appends: &[&Append],
+    known: Known,
+) -> Result<Option<Reply>, sqlx::Error> {
+    let parts =
+        || known.order.iter().flat_map(|&index| appends.get(index)).flat_map(|append| &append.streams);
+    let events = || parts().flat_map(|part| &part.events);
+    let mut used: Vec<i32> = known.categories.iter().chain(&known.names).copied().collect();
+    used.sort_unstable();
+    used.dedup();
+    let positions: Option<Vec<i64>> = sqlx::query_scalar(core.sql.append_known.clone())
+        .bind(known.server)
+        .bind(to_sql(known.position.get()))
+        .bind(used)
+        .bind(&known.streams)
+        .bind(&known.expected)
+        .bind(&known.categories)
+        .bind(&known.names)
+        .bind(events().map(|event| event.id).collect::<Vec<_>>())
+        .bind(events().map(|event| event.command_id).collect::<Vec<_>>())
+        .bind(events().map(|event| &*event.payload).collect::<Vec<&[u8]>>())
+        .bind(events().map(|event| &*event.metadata).collect::<Vec<&[u8]>>())
+        .persistent(core.connections.persistent())
+        .fetch_one(&mut **session)
+        .await?;
+    let Some(positions) = positions else { return Ok(None) };
+    let mut rows = known.streams.iter().zip(&known.expected).zip(positions);
+    let (mut outcomes, mut seen) = (vec![None; appends.len()], Vec::with_capacity(appends.len()));
+    for (&index, part) in known.order.iter().zip(parts()) {
+        let mut appended = Appended { versions: Vec::with_capacity(1), positions: Vec::new() };
+        let mut last = None;
+        for ((&stream, &before), position) in rows.by_ref().take(part.events.len()) {
+            let (version, position) =
+                (Version::new(from_sql(before)).plus(1), Position::new(from_sql(position)));
+            appended.positions.push(position);
+            last = Some(SeenEvent { stream, version, position });
+        }
+        appended.versions.extend(last.map(|last| last.version));
+        seen.extend(last.map(|last| (part.stream.clone(), last)));
+        if let Some(outcome) = outcomes.get_mut(index) {
+            *outcome = Some(Ok(appended));
+        }
+    }
+    Ok(Some(Reply { outcomes, transaction: None, settled: None, server: known.server, seen }))
+}
+
+/// Appends anything; with `look_up`, reads the versions of all streams first.
 async fn execute_many(
     core: &PgInner,
     session: &mut Session,
     appends: &[&Append],
+    look_up: bool,
 ) -> Result<Option<Reply>, sqlx::Error> {
     let Some(numbered) = numbered(core, appends) else { return Ok(None) };
     let parts =
         || appends.iter().enumerate().flat_map(|(unit, it)| it.streams.iter().map(move |part| (unit, part)));
     let events = || parts().flat_map(|(_, part)| part.events.iter());
-    let look_up = !appends.iter().all(|it| matches!(it.streams.as_slice(), [only] if exact(only).is_some()));
+    let look_up =
+        look_up || !appends.iter().all(|it| matches!(it.streams.as_slice(), [only] if exact(only).is_some()));
     let expected = |part: &StreamAppend| {
         exact(part).unwrap_or(if part.expected == ExpectedVersion::StreamExists { -2 } else { -1 })
     };

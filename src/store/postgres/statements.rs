@@ -64,6 +64,7 @@ statements! {
     LogSql {
         append: "SELECT streams, versions, lost, positions, transaction_id
             FROM storied.append($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15)",
+        append_known: "SELECT storied.append_known($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11)",
         append_one: "SELECT storied.append_one($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11)",
         number_names: "SELECT numbers, server FROM storied.number_names($1)",
         // Ranges with an order leave PostgreSQL no other plan.

@@ -251,12 +251,21 @@ async fn oracle(url: &str, scene: Scene) -> Findings {
 async fn write(shared: Arc<Shared>) {
     let dice = Dice::random();
     let store = shared.store().await;
+    let mut own = HashMap::new();
     while shared.open() {
         let new = events(1 + dice.roll(3) as usize);
         let ids: Vec<_> = new.iter().map(|event| event.id).collect();
-        let expected = if dice.roll(8) == 0 { ExpectedVersion::NoStream } else { ExpectedVersion::Any };
-        match append(&store, &stream(dice.roll(STREAMS)), expected, new).await {
-            Ok(_) => shared.acknowledge(&ids),
+        let number = dice.roll(STREAMS);
+        let expected = match own.get(&number) {
+            Some(&version) if dice.roll(2) == 0 => ExpectedVersion::Exact(version),
+            _ if dice.roll(8) == 0 => ExpectedVersion::NoStream,
+            _ => ExpectedVersion::Any,
+        };
+        match append(&store, &stream(number), expected, new).await {
+            Ok(appended) => {
+                own.insert(number, appended.versions[0]);
+                shared.acknowledge(&ids);
+            }
             Err(storied::store::AppendError::Conflict(_)) => {
                 _ = shared.conflicts.fetch_add(1, Ordering::Relaxed)
             }

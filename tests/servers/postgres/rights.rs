@@ -89,7 +89,7 @@ async fn nothing_else_is_granted() {
              positions SELECT, projections INSERT SELECT UPDATE, publisher INSERT SELECT UPDATE, \
              read_model_migrations SELECT, requests DELETE INSERT SELECT UPDATE, snapshots INSERT SELECT UPDATE, \
              streams SELECT; \
-             append, append_one, command_events, high_water_mark, number_names, stream_number",
+             append, append_known, append_one, command_events, high_water_mark, number_names, stream_number",
         ),
         (
             "shop_reader",
@@ -187,6 +187,25 @@ fn forged_one(changes: &[(&str, &str)]) -> String {
         ("tell", "true"),
     ];
     let called = call("append_one", arguments, changes);
+    format!("SELECT {called} FROM storied.number_names(ARRAY['order', 'order.placed']) AS n")
+}
+
+/// Like [`forged_one`], for `storied.append_known()`, with two events.
+fn forged_known(changes: &[(&str, &str)]) -> String {
+    let arguments = [
+        ("server", SERVER),
+        ("position", "3"),
+        ("used", "n.numbers"),
+        ("stream", "array_fill(storied.stream_number('order', 'a'), ARRAY[2])"),
+        ("expected", "ARRAY[3, 4]::bigint[]"),
+        ("category", "ARRAY[n.numbers[1], n.numbers[1]]"),
+        ("name", "ARRAY[n.numbers[2], n.numbers[2]]"),
+        ("event_id", "ARRAY[gen_random_uuid(), gen_random_uuid()]"),
+        ("command_id", "ARRAY[gen_random_uuid(), gen_random_uuid()]"),
+        ("payload", "ARRAY['', '']::bytea[]"),
+        ("metadata", "ARRAY['', '']::bytea[]"),
+    ];
+    let called = call("append_known", arguments, changes);
     format!("SELECT {called} FROM storied.number_names(ARRAY['order', 'order.placed']) AS n")
 }
 
@@ -327,6 +346,25 @@ async fn a_login_with_the_documented_rights_can_append_and_nothing_else() {
         forged_one(&[("command_id", "NULL")]),
         forged_one(&[("payload", "NULL")]),
         forged_one(&[("metadata", "NULL")]),
+        forged_known(&[("position", "NULL")]),
+        forged_known(&[("position", "0")]),
+        forged_known(&[("used", "NULL")]),
+        forged_known(&[("used", "ARRAY[1, 2]")]),
+        forged_known(&[("used", "n.numbers || 1"), ("name", "ARRAY[n.numbers[2], 1]")]),
+        forged_known(&[("stream", "NULL")]),
+        forged_known(&[("stream", "ARRAY[NULL, NULL]::bigint[]")]),
+        forged_known(&[("stream", "ARRAY[storied.stream_number('order', 'a')]")]),
+        forged_known(&[("expected", "ARRAY[0, 1]::bigint[]")]),
+        forged_known(&[("expected", "ARRAY[3]::bigint[]")]),
+        forged_known(&[("expected", "ARRAY[3, NULL]::bigint[]")]),
+        forged_known(&[("category", "ARRAY[n.numbers[1], 1]")]),
+        forged_known(&[("category", "ARRAY[n.numbers[1]]")]),
+        forged_known(&[("name", "ARRAY[n.numbers[2], NULL]")]),
+        forged_known(&[("event_id", "ARRAY[gen_random_uuid()]")]),
+        forged_known(&[("event_id", "array_fill(gen_random_uuid(), ARRAY[100000])")]),
+        forged_known(&[("command_id", "ARRAY[gen_random_uuid()]")]),
+        forged_known(&[("payload", "ARRAY['']::bytea[]")]),
+        forged_known(&[("metadata", "ARRAY['', '', '']::bytea[]")]),
         forged(&[("stream", "NULL")]),
         forged(&[("stream", "ARRAY[NULL]::bigint[]")]),
         forged(&[("stream", "'[0:1]={NULL,NULL}'::bigint[]")]),
@@ -421,6 +459,10 @@ async fn a_login_with_the_documented_rights_can_append_and_nothing_else() {
     assert!(!row.get::<bool, _>(0));
     // Rejected by a result instead of an error.
     for sql in [
+        forged_known(&[("server", "0")]),
+        forged_known(&[("position", "9223372036854775807")]),
+        forged_known(&[("expected", "ARRAY[2, 3]::bigint[]")]),
+        forged_known(&[("expected", "ARRAY[3, 3]::bigint[]")]),
         forged_one(&[("server", "0")]),
         forged_one(&[("server", "NULL")]),
         forged_one(&[("position", "9223372036854775807")]),
