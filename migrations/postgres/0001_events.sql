@@ -79,11 +79,13 @@ LANGUAGE sql IMMUTABLE PARALLEL SAFE
 RETURN octet_length(stream_id) BETWEEN 1 AND 400 AND stream_id !~ '[\u0001-\u001f\u007f-\u009f]';
 REVOKE EXECUTE ON FUNCTION storied.is_stream_id FROM PUBLIC;
 
--- The number of the server process. A caller that names it proves that no failover, restore or
--- restart came between what it learned and its append.
+-- The number of the log on this server process: the start time in microseconds, mixed with the file
+-- of the events. A caller that names it proves that no failover, restart, restore or TRUNCATE came
+-- between what it learned and its append.
 CREATE FUNCTION storied.server() RETURNS bigint
 LANGUAGE sql STABLE PARALLEL SAFE
-RETURN (extract(epoch FROM pg_catalog.pg_postmaster_start_time()) * 1000000)::bigint;
+RETURN (extract(epoch FROM pg_catalog.pg_postmaster_start_time()) * 1000000)::bigint
+    # (pg_catalog.pg_relation_filenode('storied.events')::bigint << 30);
 REVOKE EXECUTE ON FUNCTION storied.server FROM PUBLIC;
 
 -- Returns the number of a stream, null if it does not exist.

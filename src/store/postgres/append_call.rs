@@ -14,7 +14,7 @@ use super::durability;
 use super::error::{ErrorClass, class_of, failed};
 use super::inner::PgInner;
 use super::numbering::{NumberingError, number_names};
-use super::numbers::SeenEvent;
+use super::numbers::{SeenEvent, ServerNumbers};
 use crate::event::{NewEvent, Position, RecordedEvent, StreamId, Version};
 
 /// The outcome of an append.
@@ -146,6 +146,19 @@ fn exact(part: &StreamAppend) -> Option<i64> {
     }
 }
 
+/// Returns the event that a part follows, if this process has seen it.
+fn seen_before(known: &mut ServerNumbers, part: &StreamAppend) -> Option<SeenEvent> {
+    known.last_event(&part.stream).filter(|last| exact(part) == Some(to_sql(last.version.get())))
+}
+
+/// Returns each of the categories and names once.
+fn distinct(categories: &[i32], names: &[i32]) -> Vec<i32> {
+    let mut used = [categories, names].concat();
+    used.sort_unstable();
+    used.dedup();
+    used
+}
+
 /// Appends a single event after one that this process has seen; `None` if it cannot.
 async fn execute_one(
     core: &PgInner,
@@ -155,8 +168,7 @@ async fn execute_one(
 ) -> Result<Option<Reply>, sqlx::Error> {
     let numbers = {
         let mut known = core.numbers.of_server();
-        let last =
-            known.last_event(&part.stream).filter(|last| exact(part) == Some(to_sql(last.version.get())));
+        let last = seen_before(&mut known, part);
         (known.server, last, known.category(&part.stream), known.name(&event.name))
     };
     let (server, Some(last), Some(category), Some(name)) = numbers else { return Ok(None) };
@@ -213,8 +225,6 @@ struct Numbered {
     streams: Vec<Option<i64>>,
     categories: Vec<i32>,
     names: Vec<i32>,
-    /// All categories and names, each once.
-    used: Vec<i32>,
 }
 
 /// Returns nothing if a name has no number; the numbers were dropped in between.
@@ -224,18 +234,14 @@ fn numbered(core: &PgInner, appends: &[&Append]) -> Option<Numbered> {
     let mut position = None;
     let mut streams = Vec::new();
     for part in parts() {
-        let last =
-            known.last_event(&part.stream).filter(|last| exact(part) == Some(to_sql(last.version.get())));
+        let last = seen_before(&mut known, part);
         position = position.max(last.map(|last| to_sql(last.position.get())));
         streams.push(last.map(|last| last.stream));
     }
     let categories = parts().map(|part| known.category(&part.stream)).collect::<Option<Vec<_>>>()?;
     let events = parts().flat_map(|part| &part.events);
     let names = events.map(|event| known.name(&event.name)).collect::<Option<Vec<_>>>()?;
-    let mut used: Vec<i32> = categories.iter().chain(&names).copied().collect();
-    used.sort_unstable();
-    used.dedup();
-    Some(Numbered { server: known.server, position, streams, categories, names, used })
+    Some(Numbered { server: known.server, position, streams, categories, names })
 }
 
 /// The arguments of `storied.append_known()`, one entry for each event.
@@ -257,11 +263,7 @@ fn known(core: &PgInner, appends: &[&Append]) -> Option<Known> {
     let mut parts = Vec::with_capacity(appends.len());
     for (index, append) in appends.iter().enumerate() {
         let [part] = append.streams.as_slice() else { return None };
-        let last = numbers.last_event(&part.stream)?;
-        if exact(part)? != to_sql(last.version.get()) {
-            return None;
-        }
-        parts.push((index, part, last));
+        parts.push((index, part, seen_before(&mut numbers, part)?));
     }
     parts.sort_unstable_by_key(|(_, _, last)| last.stream);
     let mut known = Known { server: numbers.server, ..Known::default() };
@@ -289,13 +291,10 @@ async fn execute_known(
     let parts =
         || known.order.iter().flat_map(|&index| appends.get(index)).flat_map(|append| &append.streams);
     let events = || parts().flat_map(|part| &part.events);
-    let mut used: Vec<i32> = known.categories.iter().chain(&known.names).copied().collect();
-    used.sort_unstable();
-    used.dedup();
     let positions: Option<Vec<i64>> = sqlx::query_scalar(core.sql.append_known.clone())
         .bind(known.server)
         .bind(to_sql(known.position.get()))
-        .bind(used)
+        .bind(distinct(&known.categories, &known.names))
         .bind(&known.streams)
         .bind(&known.expected)
         .bind(&known.categories)
@@ -358,7 +357,7 @@ async fn execute_many(
         .bind(parts().map(|(_, part)| expected(part)).collect::<Vec<_>>())
         .bind(parts().map(|(_, part)| count(part.events.len())).collect::<Vec<_>>())
         .bind(look_up)
-        .bind(&numbered.used)
+        .bind(distinct(&numbered.categories, &numbered.names))
         .bind(&numbered.names)
         .bind(events().map(|event| event.id).collect::<Vec<_>>())
         .bind(events().map(|event| event.command_id).collect::<Vec<_>>())

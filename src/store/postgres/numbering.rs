@@ -77,10 +77,10 @@ pub(super) async fn resolve(
         if let Some(number) = core.numbers.fill_names(&mut events, &numbers).first() {
             return Err(corrupt(doing, &format!("name {number} has no text")));
         }
-        for position in &strays {
+        if let Some(first) = strays.iter().min() {
             tracing::error!(
-                %position,
-                "ignored an event without a stream: a program has called storied.append() by hand"
+                %first, count = strays.len(),
+                "ignored events without a stream: a program has called storied.append() by hand"
             );
         }
         events.retain(|event| !strays.contains(&event.position));

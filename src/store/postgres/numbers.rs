@@ -136,7 +136,7 @@ impl Numbers {
         &self,
         server: i64,
         names: impl ExactSizeIterator<Item = (EventName, i32)>,
-        categories: impl Iterator<Item = (Category, i32)>,
+        categories: impl ExactSizeIterator<Item = (Category, i32)>,
     ) {
         let mut known = self.of_server();
         if known.server != server {
@@ -144,6 +144,9 @@ impl Numbers {
         }
         if known.names.len() + names.len() > NAMES {
             known.names.clear();
+        }
+        if known.categories.len() + categories.len() > NAMES {
+            known.categories.clear();
         }
         known.names.extend(names);
         known.categories.extend(categories);

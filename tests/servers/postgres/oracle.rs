@@ -789,6 +789,12 @@ async fn positions_grow_along_a_stream() {
                FROM storied.number_names(ARRAY['order', 'order.placed']) AS n";
     let one: Option<Vec<i64>> = sqlx::query_scalar(one).fetch_one(&mut connection).await.unwrap();
     assert_eq!(one, None);
+    let known = "SELECT storied.append_known(storied.server(), 1050, n.numbers, ARRAY[storied.stream_number('order', '1')],
+                     ARRAY[50::bigint], n.numbers[1:1], n.numbers[2:2], ARRAY[gen_random_uuid()],
+                     ARRAY[gen_random_uuid()], ARRAY[''::bytea], ARRAY[''::bytea])
+                 FROM storied.number_names(ARRAY['order', 'order.placed']) AS n";
+    let known: Option<Vec<i64>> = sqlx::query_scalar(known).fetch_one(&mut connection).await.unwrap();
+    assert_eq!(known, None);
 }
 
 /// The key of the lock is not `SELECT last_value`. That value is read without the lock of the

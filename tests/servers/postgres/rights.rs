@@ -143,7 +143,8 @@ async fn attempt(connection: &mut PgConnection, sql: &str) -> Result<(), sqlx::E
 }
 
 /// The number of the server process, which a program may not ask for.
-const SERVER: &str = "(extract(epoch FROM pg_catalog.pg_postmaster_start_time()) * 1000000)::bigint";
+const SERVER: &str = "(extract(epoch FROM pg_catalog.pg_postmaster_start_time()) * 1000000)::bigint
+     # (pg_catalog.pg_relation_filenode('storied.events')::bigint << 30)";
 
 /// Returns a call of `storied.append()` for two parts with an event each, with changed arguments.
 fn forged(changes: &[(&str, &str)]) -> String {
