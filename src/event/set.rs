@@ -43,7 +43,7 @@ use super::types::EventTypes;
 pub trait EventSet: Sized + Send + 'static {
     /// Returns the decoder, which lists the event types of the set.
     ///
-    /// Called at the first use of the set; the result is cached.
+    /// Called at the first use of the set, perhaps by two threads; the result is cached.
     fn decoder() -> EventDecoder<Self>;
 }
 
@@ -155,11 +155,25 @@ impl<S> EventDecoder<S> {
         self.members.iter().filter_map(names).flatten().collect()
     }
 
+    /// Returns whether the name is one of the set's, or can be one of another program version.
+    ///
+    /// A name with more dots than its category is read as that of another category, unless a type of
+    /// the set has it.
+    pub(crate) fn may_contain(&self, name: &EventName) -> bool {
+        self.members.iter().any(|member| {
+            let rest = name.as_str().strip_prefix(member.category).and_then(|rest| rest.strip_prefix('.'));
+            rest.is_some_and(|rest| {
+                !rest.contains('.') || member.types.known_names().any(|known| known == rest)
+            })
+        })
+    }
+
     /// Returns all names that the set reads, in alphabetical order.
     pub(crate) fn known_names(&self) -> Vec<String> {
         let mut names: Vec<_> =
             self.members.iter().flat_map(|member| member.types.known_names()).map(str::to_owned).collect();
         names.sort();
+        names.dedup();
         names
     }
 }

@@ -156,19 +156,15 @@ impl Filter {
 
     /// Restricts to the events of `S`. Invalid if a condition names other events.
     pub(crate) fn restricted_to<S: EventSet>(self) -> Self {
-        let set = match EventDecoder::<S>::of_set().categories() {
+        let decoder = EventDecoder::<S>::of_set();
+        let set = match decoder.categories() {
             Ok(None) => return self,
             Ok(Some(categories)) => categories,
             Err(error) => return self.invalid(error),
         };
         let contains = |category: &str| set.iter().any(|member| member.as_str() == category);
-        let names_event = |name: &EventName| {
-            let is_of = |member: &Category| {
-                name.as_str().strip_prefix(member.as_str()).is_some_and(|rest| rest.starts_with('.'))
-            };
-            set.iter().any(is_of)
-        };
-        let names = self.names.iter().flatten().filter(|name| !names_event(name)).map(ToString::to_string);
+        let names = self.names.iter().flatten().filter(|name| !decoder.may_contain(name));
+        let names = names.map(ToString::to_string);
         let categories = self.categories.iter().flatten();
         let categories = categories.filter(|it| !contains(it.as_str())).map(|it| format!("category {it}"));
         let streams = self.streams.iter().flatten();
