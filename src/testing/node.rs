@@ -67,7 +67,8 @@ impl Node {
     /// Starts a projection.
     ///
     /// # Panics
-    /// If its filter is invalid, or its actors do not start.
+    /// If its filter is invalid, if it has partitions but is a single instance, or if its actors do not
+    /// start.
     pub async fn projection<P, R>(
         &self,
         projection: P,
@@ -81,6 +82,8 @@ impl Node {
         let made = projection.into_projection();
         let (_, filter) = made.describe(&options);
         filter.check().expect("the filter is valid");
+        let refused = made.is_single() && options.partitions.is_some();
+        assert!(!refused, "partitions need an instance for each of them: PerTarget::new(make)");
         let (store, feed, lease_watcher) =
             (self.store.clone(), self.feed.clone(), self.lease_watcher.clone());
         let bus = self.bus.clone();

@@ -150,7 +150,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
         let mut order = if self.read_model.shared() { Some(self.order().await?) } else { None };
         self.discard_snapshot().await?;
         let held = match order.take_if(|_| self.outside()) {
-            Some(order) => Some(hold(context, &order).await?),
+            Some(order) => Some(hold(context, order).await?),
             None => None,
         };
         let change = async {
@@ -415,11 +415,21 @@ fn unpark_all(moves: &[ProgressWrite]) -> Vec<ProgressWrite> {
 }
 
 /// Renews the order lease until it is released.
-async fn hold(context: &TaskConfig, order: &Lease) -> Result<HeldLease, ControlError> {
-    let TaskConfig { lease_watcher, name, metrics, .. } = context;
-    let held =
-        HeldLease::take(lease_watcher.renewer(), &order.name, order.owner, ORDER, None, metrics).await?;
-    held.ok_or_else(|| ControlError::Overloaded { name: name.clone() })
+async fn hold(context: &TaskConfig, order: Lease) -> Result<HeldLease, ControlError> {
+    let TaskConfig { lease_watcher, name, metrics, store, .. } = context;
+    let renewer = lease_watcher.renewer();
+    let held = HeldLease::take(renewer, &order.name, order.owner, ORDER, None, metrics).await;
+    if let Ok(Some(held)) = held {
+        return Ok(held);
+    }
+    if let Err(error) = store.release_lease(&order).await {
+        tracing::warn!(projection = name, %error, "could not release the order lease; the projection is held up until it expires");
+    }
+    lease_watcher.hint();
+    match held {
+        Err(error) => Err(error.into()),
+        Ok(_) => Err(ControlError::Overloaded { name: name.clone() }),
+    }
 }
 
 /// Runs a change while the order lease holds up all tasks; aborts it if the lease is lost.

@@ -59,9 +59,7 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
         self.reload();
         self.stop();
         // The failure may be this node's only, so another node may succeed.
-        if let Some(lease) = self.state.leave() {
-            self.takeover.released = Some(lease);
-        }
+        self.takeover.released = self.state.leave().or(self.takeover.released.take());
     }
 
     /// Handles pending work that exceeded its time limit and was dropped, with its connection, if

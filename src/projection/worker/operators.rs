@@ -4,7 +4,7 @@ use std::mem::replace;
 
 use tokio::time::Instant;
 
-/// Operators' control of a projection, as its task knows it.
+/// The pause, the changes of any node, and the requests that are due.
 #[derive(Debug)]
 pub(super) struct Operators {
     pub(super) pause: Pause,

@@ -131,8 +131,8 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
     /// Releases the lease, because another node should own the read model.
     async fn hand_over(&mut self) {
         self.flush().await;
-        // Without the work in progress: a durable consumer would still deliver to this node after
-        // another one has begun.
+        // The work in progress is dropped first: otherwise a durable consumer would still deliver to
+        // this node after another one has begun.
         let Some(lease) = self.state.leave() else { return };
         lease.release().await;
         tracing::info!(

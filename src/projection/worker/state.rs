@@ -22,14 +22,16 @@
 //! Claiming               the checkpoint is claimed                   begin_at          Idle
 //! Idle, Waiting          the live source is subscribed               begin_reading     CatchingUp
 //! CatchingUp             a page ends at the end of the log           reached_end       Live
-//! Live                   the feed has a gap, or fails                catch_up          CatchingUp
-//! CatchingUp, Live       the live source ends                        end_reading       Idle
+//! Live                   the feed has a gap or fails, or the store   catch_up          CatchingUp
+//!                        must be read again
+//! Live                   the live source ends                        end_reading       Idle
 //! active                 the target of the triggers is reached       wait_for_trigger  Waiting
 //! active                 an operator pauses the projection           pause             Paused
 //! Paused                 an operator resumes the projection          resume            Idle
 //! active                 an event cannot be applied                  stop              Stopped
 //! active                 a commit fails, or has an unknown outcome   lose_checkpoint   Claiming
-//! not Owning             the store or the read model cannot be used  stop              Failed
+//! not failed             the store or the read model cannot be used  reload, stop,     Failed
+//!                                                                    leave
 //! Stopped                an operator acts                            retry             Idle
 //! Failed                 an operator acts                            retry             Starting
 //! not failed             a node has changed shared state             reload            Starting
@@ -41,8 +43,8 @@
 //! any state and releases its lease.
 //!
 //! Two conditions hold up a task in any state and leave the state unchanged: the backoff after an
-//! outage ([`Retry`](super::retry::Retry)), and a change by another node that is in progress
-//! ([`Changes`](super::operators::Changes)).
+//! outage ([`Retry`](super::retry::Retry)), and, for the live version, a change by any node that is in
+//! progress ([`Changes`](super::operators::Changes)).
 
 use super::live::Follower;
 use super::reading::{Pending, Reading, Suspect};
@@ -53,7 +55,7 @@ use crate::store::Checkpoint;
 
 /// The state of a task, with a lease `L` and a live source `F`.
 ///
-/// From `Claiming` on, `lease` is `None` only if this node keeps the read model for itself.
+/// In `Claiming` and `Owning`, `lease` is `None` only if this node keeps the read model for itself.
 pub(super) enum State<L = HeldLease, F = Follower> {
     /// The layout and the version of the read model must be checked.
     Starting { lease: Option<L> },
@@ -114,15 +116,18 @@ impl<L, F> State<L, F> {
     }
 
     pub(super) fn acquired(&mut self, lease: L) {
+        debug_assert!(matches!(self, Self::Standby), "a lease is acquired on standby");
         *self = Self::Claiming { lease: Some(lease) };
     }
 
     pub(super) fn begin_at(&mut self, saved: Checkpoint) {
+        debug_assert!(matches!(self, Self::Claiming { .. }), "a checkpoint is claimed once");
         let lease = self.take_lease();
         *self = Self::Owning(Owning { lease, saved, applied: saved.position, activity: Activity::Idle });
     }
 
     pub(super) fn begin_reading(&mut self, follower: F, live_after: Position) {
+        debug_assert!(self.owning().is_some(), "only an owner reads");
         if let Self::Owning(Owning { activity, .. }) = self {
             *activity = Activity::Reading(Box::new(Reading::new(follower, live_after)));
         }
@@ -388,6 +393,29 @@ mod tests {
         assert!(!state.shows_pause(true));
         assert!(state.retry());
         assert_eq!((state.lease(), state.owning().unwrap().saved), (Some(&1), at(7)));
+    }
+
+    #[test]
+    fn without_a_claim_a_failure_starts_over() {
+        let mut state = owner();
+        state.reload();
+        state.stop();
+        assert!(matches!(state, State::Failed { lease: Some(1) }));
+        assert_eq!((shown(&state), state.shows_pause(true)), (ProjectionState::Failed, false));
+        assert!(state.retry());
+        assert!(matches!(state, State::Starting { lease: Some(1) }));
+        assert!(!state.shows_pause(true) && owner().shows_pause(true));
+    }
+
+    #[test]
+    fn the_work_in_progress_is_dropped_before_the_lease_is_returned() {
+        let follower = std::rc::Rc::new(());
+        let mut state: State<u8, std::rc::Rc<()>> = State::starting();
+        state.prepared(true);
+        state.acquired(1);
+        state.begin_at(at(7));
+        state.begin_reading(follower.clone(), Position::new(9));
+        assert_eq!((state.leave(), std::rc::Rc::strong_count(&follower)), (Some(1), 1));
     }
 
     #[test]
