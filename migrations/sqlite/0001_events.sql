@@ -25,7 +25,8 @@ CREATE TABLE storied_streams (
 
 -- The log. storied_log shows it in clear.
 CREATE TABLE storied_events (
-    position    INTEGER NOT NULL PRIMARY KEY, -- position in the log
+    -- Without the limit, SQLite would choose random positions after the highest one.
+    position    INTEGER NOT NULL PRIMARY KEY CHECK (position < 9223372036854775807), -- position in the log
     stream      INTEGER NOT NULL,             -- number in storied_streams
     version     INTEGER NOT NULL,             -- version in the stream: 1, 2, 3 …
     category    INTEGER NOT NULL,             -- number in storied_names, for filters

@@ -43,7 +43,8 @@ pub trait EventStore: Send + Sync + 'static {
     /// A result is returned when it is durable.
     ///
     /// # Cancellation safety
-    /// If the future is dropped, the append may or may not take effect.
+    /// If the future is dropped, the append may or may not take effect. Poll it to its end or drop it:
+    /// on SQLite, other writes of the store wait for it until then.
     fn append(&self, batch: Vec<Append>) -> BoxFuture<'_, Vec<Result<Appended, AppendError>>>;
 
     /// Reads one page of a stream: at most `limit` events after `after`.

@@ -2,8 +2,8 @@
 //!
 //! If the cache knows all numbers and versions that a batch needs, one hop begins the transaction,
 //! inserts the events and commits. Otherwise a look-up precedes it, for what is unknown only. If an
-//! event violates the key of its stream, or the cache is of another log, SQLite rolls back, and the
-//! batch is appended again with everything looked up.
+//! event violates the key of its stream, or the cache is of another log, the transaction is rolled
+//! back, and the batch is appended again with everything looked up.
 
 mod insert;
 mod look_up;

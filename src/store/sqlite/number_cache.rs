@@ -1,7 +1,7 @@
 //! The numbers of streams and names that this process knows.
 //!
-//! A number never changes and is never used again, so it needs no look-up once it is known. The
-//! cache learns only from committed transactions.
+//! A committed number never changes and is never used again, so it needs no look-up once it is
+//! known. The cache learns only from committed transactions.
 //!
 //! All of its content was read from a log that contains the event `anchor`. If that event is
 //! missing, the file was replaced by another log, such as a restored backup, and nothing of the

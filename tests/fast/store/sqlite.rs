@@ -1,6 +1,6 @@
 //! Files, locks, other processes, and databases of other programs.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::io::{BufRead, BufReader};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::process::CommandExt;
@@ -498,7 +498,7 @@ async fn numbers_of_a_replaced_log_are_forgotten() {
     append(&store, exact("b", 0, &["order.paid"])).await.unwrap();
     append(&store, exact("b", 1, &["order.sent"])).await.unwrap();
     assert_sound(&store, 3).await;
-    // What a restore does: afterwards the file has the content of the backup, and then other events.
+    // After a restore, the file has the content of the backup, and later other events.
     let mut restored = stranger(&path).await;
     let attach = sqlx::AssertSqlSafe(format!("ATTACH '{}' AS backup", backup.display()));
     restored.execute(attach).await.unwrap();
@@ -511,18 +511,18 @@ async fn numbers_of_a_replaced_log_are_forgotten() {
         restored.execute(sqlx::AssertSqlSafe(sql)).await.unwrap();
     }
     let second = SqliteStore::open(&path).await.unwrap();
-    append(&second, exact("c", 0, &["order.lost", "order.found", "order.lost"])).await.unwrap();
+    append(&second, exact("c", 0, &["order.lost", "order.found"])).await.unwrap();
 
-    // `b` had the number of `c`, and `order.paid` that of `order.lost`.
+    // `b` had the number and the version of `c`, and `order.paid` the number of `order.found`.
     let conflict = append(&store, exact("b", 2, &["order.paid"])).await.unwrap_err();
     let AppendError::Conflict(conflict) = conflict else { panic!("{conflict:?}") };
     assert_eq!(conflict.actual, Some(Version::NONE));
     append(&store, exact("b", 0, &["order.paid"])).await.unwrap();
     for store in [&store, &second] {
-        assert_sound(store, 5).await;
+        assert_sound(store, 4).await;
         let log = log(store).await;
         let log: Vec<_> = log.iter().map(|event| (event.stream.id(), event.name.as_str())).collect();
-        let c = [("c", "order.lost"), ("c", "order.found"), ("c", "order.lost")];
+        let c = [("c", "order.lost"), ("c", "order.found")];
         assert_eq!(log, [&[("a", "order.placed")][..], &c[..], &[("b", "order.paid")][..]].concat());
     }
 }
@@ -533,7 +533,10 @@ async fn a_page_of_a_replaced_log_has_the_names_of_that_log() {
     let (_directory, path) = file();
     let store = SqliteStore::open(&path).await.unwrap();
     append(&store, exact("a", 0, &["order.placed", "order.paid"])).await.unwrap();
-    assert_sound(&store, 2).await;
+    let second = SqliteStore::open(&path).await.unwrap();
+    for store in [&store, &second] {
+        assert_sound(store, 2).await;
+    }
     let mut restored = stranger(&path).await;
     restored
         .execute(
@@ -547,7 +550,8 @@ async fn a_page_of_a_replaced_log_has_the_names_of_that_log() {
         .unwrap();
     let events = log(&store).await;
     assert_eq!((events[1].stream.id(), events[1].name.as_str()), ("z", "order.returned"));
-    let events = store.read_stream(&stream("z"), Version::NONE, 9).await.unwrap();
+    // Each store forgets by its own first read.
+    let events = second.read_stream(&stream("z"), Version::NONE, 9).await.unwrap();
     assert_eq!(events[1].name.as_str(), "order.returned");
 }
 
@@ -696,17 +700,34 @@ fn childs_path() -> PathBuf {
 #[ignore = "run by a_killed_process_loses_nothing_acknowledged"]
 async fn child_appends() {
     let store = SqliteStore::open(childs_path()).await.unwrap();
+    let mut last = HashMap::new();
     for round in 0_u64.. {
+        // Every second batch expects the versions that this process knows, and needs no look-up.
+        let expected = |stream: &StreamId| match last.get(stream) {
+            Some(&version) if round % 2 == 0 => ExpectedVersion::Exact(version),
+            _ => ExpectedVersion::Any,
+        };
         let batch: Vec<_> = (0..8)
             .map(|i| {
-                let events = vec![event("order.placed"), event("order.paid")];
-                Append::one(stream((round + i) % 20), ExpectedVersion::Any, events)
+                let (stream, events) =
+                    (stream((round + i) % 20), vec![event("order.placed"), event("order.paid")]);
+                Append::one(stream.clone(), expected(&stream), events)
             })
             .collect();
-        let ids: Vec<Uuid> = batch.iter().map(|append| append.streams[0].events[1].id).collect();
-        for (answer, id) in store.append(batch).await.into_iter().zip(ids) {
-            answer.unwrap();
-            println!("acknowledged {id}");
+        let parts: Vec<_> = batch
+            .iter()
+            .map(|append| &append.streams[0])
+            .map(|it| (it.stream.clone(), it.events[1].id))
+            .collect();
+        for (answer, (stream, id)) in store.append(batch).await.into_iter().zip(parts) {
+            match answer {
+                Ok(appended) => {
+                    last.insert(stream, appended.versions[0]);
+                    println!("acknowledged {id}");
+                }
+                Err(AppendError::Conflict(conflict)) => _ = last.insert(stream, conflict.actual.unwrap()),
+                Err(error) => panic!("{error}"),
+            }
         }
     }
 }
@@ -748,7 +769,9 @@ async fn child_fills_the_disk() {
     let large = || NewEvent { payload: Bytes::from(vec![1; 100_000]), ..event("order.placed") };
     let mut events = 0;
     let error = loop {
-        match append(&store, Append::one(stream("a"), ExpectedVersion::Any, vec![large()])).await {
+        // A version that the process knows: the usual transaction of an aggregate.
+        let expected = ExpectedVersion::Exact(Version::new(events as u64));
+        match append(&store, Append::one(stream("a"), expected, vec![large()])).await {
             Ok(_) => events += 1,
             Err(error) => break error,
         }

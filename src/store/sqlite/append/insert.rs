@@ -123,28 +123,36 @@ pub(super) async fn insert_and_commit(
             }
         };
         let Results { done, error, .. } = run(connection, sql, arguments).await;
-        match (done.get(before), error) {
-            (Some(inserted), None) => end = check(inserted, chunk.len())?,
-            (Some(inserted), Some(error)) => {
-                return Err(Failure::Commit(check(inserted, chunk.len())?, error));
+        let Some(inserted) = done.get(before) else {
+            let error = error.unwrap_or(sqlx::Error::WorkerCrashed);
+            return Err(Failure::Insert(error));
+        };
+        let position = check(inserted, chunk.len());
+        // The commit has a result of its own: without it, the outcome is unknown.
+        let committed = !is_last || done.len() > before + 1;
+        end = match (position, error) {
+            (Ok(position), None) if committed => position,
+            (Ok(position), error) => {
+                return Err(Failure::Commit(position, error.unwrap_or(sqlx::Error::WorkerCrashed)));
             }
-            (None, Some(error)) => return Err(Failure::Insert(error)),
-            (None, None) => {
-                let reason = format!("{DOING}: a statement has no result");
-                return Err(StoreError::Corrupt { reason }.into());
+            (Err(reason), None) if is_last => {
+                return Err(StoreError::OutcomeUnknown { reason, source: None }.into());
             }
-        }
+            (Err(reason), _) => return Err(StoreError::Corrupt { reason }.into()),
+        };
         (begun, rest) = (true, after);
     }
     Ok(end)
 }
 
 /// Checks that SQLite inserted all rows, and returns the position of the last one.
-fn check(inserted: &SqliteQueryResult, rows: usize) -> Result<Position, StoreError> {
+///
+/// # Errors
+/// The reason, if a trigger of the application has left rows out.
+fn check(inserted: &SqliteQueryResult, rows: usize) -> Result<Position, String> {
     let found = inserted.rows_affected();
     if found != rows as u64 {
-        let reason = format!("{DOING}: expected {rows} new rows in storied_events, found {found}");
-        return Err(StoreError::Corrupt { reason });
+        return Err(format!("{DOING}: expected {rows} new rows in storied_events, found {found}"));
     }
     Ok(Position::new(from_sql(inserted.last_insert_rowid())))
 }
