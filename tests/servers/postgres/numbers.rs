@@ -68,8 +68,8 @@ async fn appends_to_common_streams_do_not_deadlock() {
     let url = PostgresServer::shared().await.create_database().await;
     let writer = async |url: &str, reversed: bool| {
         let store = PostgresStore::connect(url).await.unwrap();
-        let (mut last, mut appended) = (vec![Version::NONE; 20], 0);
-        while appended < 400 {
+        let (mut last, mut appended) = (vec![Version::NONE; 200], 0);
+        while appended < 4_000 {
             let mut numbers: Vec<usize> = (0..last.len()).collect();
             if reversed {
                 numbers.reverse();
