@@ -202,6 +202,7 @@ DECLARE
     known      boolean;                -- whether the caller vouches for every part
     plain      boolean;                -- whether the events can be inserted without a look at each stream
     won        bigint;
+    last_event bigint;
     guard      text;                   -- of events_are_appended
 BEGIN
     IF current_setting('synchronous_commit') = 'off' THEN
@@ -354,12 +355,18 @@ BEGIN
         IF won < parts THEN
             lost := ARRAY(
                 -- Not EXISTS, which may become a scan of the whole log. A range with an order fits
-                -- no other index.
+                -- no other index. The id, because a sequence that was set back draws the positions of
+                -- other events.
                 SELECT coalesce(accepted[i.part], true) AND (
-                    SELECT e.position FROM storied.events AS e
+                    SELECT e.id FROM storied.events AS e
                     WHERE e.position >= positions[i.ord] AND e.position <= positions[i.ord]
-                    ORDER BY e.position LIMIT 1) IS NULL
-                FROM unnest(event_part, event_n) WITH ORDINALITY AS i (part, n, ord) WHERE i.n = 1 ORDER BY i.part);
+                    ORDER BY e.position LIMIT 1) IS DISTINCT FROM i.id
+                FROM unnest(event_part, event_n, event_id) WITH ORDINALITY AS i (part, n, id, ord) WHERE i.n = 1 ORDER BY i.part);
+            -- In this order: no event has a position that was not drawn before it.
+            last_event := (SELECT e.position FROM storied.events AS e WHERE e.position > 0 ORDER BY e.position DESC LIMIT 1);
+            IF last_event > pg_sequence_last_value('storied.positions') THEN
+                RAISE EXCEPTION 'the sequence of positions was set back, below the last event at %', last_event USING ERRCODE = 'ST003';
+            END IF;
             IF EXISTS (
                 SELECT FROM generate_subscripts(lost, 1) AS p
                 WHERE lost[p] AND cardinality(array_positions(part_unit, part_unit[p])) > 1) THEN

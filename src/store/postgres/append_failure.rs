@@ -2,7 +2,7 @@
 
 use super::super::StoreError;
 use super::connection::Backend;
-use super::error::{ErrorClass, class_of, failed, is_version_race};
+use super::error::{ErrorClass, class_of, failed, is_position_taken, is_version_race, set_back};
 
 /// Operation named in errors.
 pub(super) const DOING: &str = "appending events";
@@ -29,6 +29,9 @@ impl Failure {
     pub(super) fn answered(error: sqlx::Error) -> Self {
         if is_version_race(&error) {
             return Failure::VersionRace;
+        }
+        if is_position_taken(&error) {
+            return Failure::Failed(set_back(DOING, &error.to_string()));
         }
         let class = class_of(&error);
         let error = failed(DOING, error);

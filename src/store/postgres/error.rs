@@ -25,6 +25,8 @@ pub(crate) enum ErrorClass {
 const OVERTAKEN: &str = "ST001";
 /// SQLSTATE of storied: the settings of the server or session make the log unsafe.
 const UNSAFE: &str = "ST002";
+/// SQLSTATE of `storied.append()`: the sequence of positions is below the last event.
+const SET_BACK: &str = "ST003";
 
 pub(crate) fn class_of(error: &sqlx::Error) -> ErrorClass {
     let database = match error {
@@ -44,7 +46,7 @@ fn verdict_of(database: &dyn DatabaseError) -> ErrorClass {
     }
     match database.code().as_deref().unwrap_or_default() {
         OVERTAKEN => ErrorClass::Retry,
-        UNSAFE => ErrorClass::Failed,
+        UNSAFE | SET_BACK => ErrorClass::Failed,
         // A pooler reports that it lost its own connection to the server.
         code if code.starts_with("08") => ErrorClass::Unknown,
         // Transaction rollbacks: serialization failure, deadlock.
@@ -119,6 +121,20 @@ pub(crate) fn is_version_race(error: &sqlx::Error) -> bool {
     error.as_database_error().is_some_and(|error| error.code().as_deref() == Some(OVERTAKEN))
 }
 
+/// Returns whether an append drew the position of another event.
+pub(crate) fn is_position_taken(error: &sqlx::Error) -> bool {
+    error.as_database_error().is_some_and(|error| error.constraint() == Some("events_pkey"))
+}
+
+/// The error of an append whose sequence of positions was set back.
+pub(crate) fn set_back(doing: &str, message: &str) -> StoreError {
+    StoreError::Misconfigured {
+        expected: "the sequence storied.positions at the position of the last event or higher".into(),
+        found: format!("{message} ({doing})"),
+        advice: "a copy, restore or replication has not advanced the sequence: stop all writers and SELECT setval('storied.positions', (SELECT max(position) FROM storied.events))".into(),
+    }
+}
+
 /// Converts an error that occurred while `doing` something.
 pub(crate) fn failed(doing: &str, error: sqlx::Error) -> StoreError {
     match &error {
@@ -188,6 +204,7 @@ fn by_code(doing: &str, code: &str, message: &str, error: sqlx::Error) -> StoreE
             "a primary server and a session with synchronous_commit on and isolation level read committed",
             "change the setting, or connect to the primary",
         ),
+        SET_BACK => set_back(doing, message),
         "28P01" | "28000" => misconfigured(
             "a login that PostgreSQL accepts",
             "check user name and password of the database URL, and pg_hba.conf on the server",

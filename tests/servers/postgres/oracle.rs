@@ -9,13 +9,16 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use sqlx::{AssertSqlSafe, Connection, Executor, PgConnection, Row};
+use storied::store::{Append, AppendError, StoreError};
 use storied::{
     EventStore, ExpectedVersion, NewEvent, Position, PostgresOptions, PostgresStore, ReadLog, StreamId,
 };
 use tokio::task::JoinSet;
 use uuid::Uuid;
 
-use crate::postgres::tools::{Dice, append, assert_sound, connect, events, exact, run, stream, whole_log};
+use crate::postgres::tools::{
+    Dice, append, assert_sound, connect, events, eventually, exact, run, stream, whole_log,
+};
 use crate::support::PostgresServer;
 
 const MIGRATION: &str = include_str!("../../../migrations/postgres/0001_events.sql");
@@ -759,42 +762,124 @@ async fn the_oracle_notices_mutations() {
 }
 
 /// Two concurrent appends to one stream must not reverse the order of positions. That could happen
-/// if an append drew its position and then found the previous event at a higher one. A sequence
-/// that was set back simulates that moment.
+/// if an append drew its position and then found the previous event at a higher one.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn positions_grow_along_a_stream() {
     let url = PostgresServer::shared().await.create_database().await;
     let store = PostgresStore::connect(&url).await.unwrap();
-    run(&url, "SELECT setval('storied.positions', 1000)").await;
-    append(&store, &stream(1), ExpectedVersion::NoStream, events(50)).await.unwrap();
-    run(&url, "SELECT setval('storied.positions', 10)").await;
-    let mut connection = connect(&url).await;
+    append(&store, &stream(1), ExpectedVersion::NoStream, events(1)).await.unwrap();
+    let mut faster = connect(&url).await;
+    let numbers = "SELECT numbers FROM storied.number_names(ARRAY['order', 'order.placed'])";
+    let numbers: Vec<i32> = sqlx::query_scalar(numbers).fetch_one(&mut faster).await.unwrap();
+    let stream_number = "SELECT storied.stream_number('order', '1')";
+    let stream_number: i64 = sqlx::query_scalar(stream_number).fetch_one(&mut faster).await.unwrap();
     // Whether or not the caller has seen the previous event.
-    let number = "storied.stream_number('order', '1')";
-    for (position, number, id) in [("NULL", "NULL", "'1'"), ("1050", number, "NULL")] {
-        let row = sqlx::query(AssertSqlSafe(format!(
-            "SELECT a.versions, a.lost FROM storied.number_names(ARRAY['order', 'order.placed']) AS n,
-                 storied.append(storied.server(), {position}, ARRAY[{number}::bigint], n.numbers[1:1], ARRAY[{id}],
-                 ARRAY[0], ARRAY[50::bigint], ARRAY[1], false, n.numbers, n.numbers[2:2],
-                 ARRAY[$1], ARRAY[$1], ARRAY[''::bytea], ARRAY[''::bytea]) AS a"
-        )))
-        .bind(Uuid::now_v7())
-        .fetch_one(&mut connection)
-        .await
-        .unwrap();
-        assert_eq!((row.get::<Vec<i64>, _>(0), row.get::<Vec<bool>, _>(1)), (vec![50], vec![true]));
+    for (version, (position, number, id)) in
+        [(Some(1_000_i64), Some(stream_number), None), (None, None, Some("1"))].into_iter().enumerate()
+    {
+        let version = version as i64 + 1;
+        let mut transaction = faster.begin().await.unwrap();
+        transaction.execute("LOCK TABLE storied.names").await.unwrap();
+        let (url, names) = (url.clone(), numbers.clone());
+        // Draws its position, then waits for the table of the names.
+        let slower = tokio::spawn(async move {
+            let sql = "SELECT a.versions, a.lost, a.positions FROM storied.append(storied.server(), $1, ARRAY[$2], $3, ARRAY[$4],
+                 ARRAY[0], ARRAY[$5], ARRAY[1], false, $6, $7, ARRAY[$8], ARRAY[$8], ARRAY[''::bytea], ARRAY[''::bytea]) AS a";
+            let row = sqlx::query(sql)
+                .bind(position)
+                .bind(number)
+                .bind(&names[..1])
+                .bind(id)
+                .bind(version + 1)
+                .bind(&names)
+                .bind(&names[1..])
+                .bind(Uuid::now_v7())
+                .fetch_one(&mut connect(&url).await)
+                .await
+                .unwrap();
+            (row.get::<Vec<i64>, _>(0), row.get::<Vec<bool>, _>(1), row.get::<Vec<i64>, _>(2)[0])
+        });
+        eventually("the position is drawn", async || {
+            let waits =
+                "SELECT count(*) FROM pg_locks WHERE relation = 'storied.names'::regclass AND NOT granted";
+            sqlx::query_scalar::<_, i64>(waits).fetch_one(&mut *transaction).await.unwrap() == 1
+        })
+        .await;
+        transaction.execute("SELECT set_config('storied_log.appending', 'on', true)").await.unwrap();
+        let insert = "INSERT INTO storied.events (position, stream, version, name, category, id, command_id, payload, metadata)
+            VALUES (nextval('storied.positions'), $1, $2, $3, $4, gen_random_uuid(), gen_random_uuid(), '', '') RETURNING position";
+        let drawn_later: i64 = sqlx::query_scalar(insert)
+            .bind(stream_number)
+            .bind(version + 1)
+            .bind(numbers[1])
+            .bind(numbers[0])
+            .fetch_one(&mut *transaction)
+            .await
+            .unwrap();
+        transaction.commit().await.unwrap();
+        let (versions, lost, drawn) = slower.await.unwrap();
+        assert_eq!((versions, lost), (vec![version + 1], vec![true]));
+        assert!(drawn < drawn_later);
     }
-    let one = "SELECT storied.append_one(storied.server(), 1050, storied.stream_number('order', '1'), 50, n.numbers[1],
-                   n.numbers[2], gen_random_uuid(), gen_random_uuid(), '', '', false)
-               FROM storied.number_names(ARRAY['order', 'order.placed']) AS n";
-    let one: Option<Vec<i64>> = sqlx::query_scalar(one).fetch_one(&mut connection).await.unwrap();
-    assert_eq!(one, None);
-    let known = "SELECT storied.append_known(storied.server(), 1050, n.numbers, ARRAY[storied.stream_number('order', '1')],
-                     ARRAY[50::bigint], n.numbers[1:1], n.numbers[2:2], ARRAY[gen_random_uuid()],
-                     ARRAY[gen_random_uuid()], ARRAY[''::bytea], ARRAY[''::bytea])
-                 FROM storied.number_names(ARRAY['order', 'order.placed']) AS n";
-    let known: Option<Vec<i64>> = sqlx::query_scalar(known).fetch_one(&mut connection).await.unwrap();
-    assert_eq!(known, None);
+    // The faster functions refuse what they cannot check.
+    for function in [
+        "append_one(storied.server(), 1000, $1, 3, $2, $3, gen_random_uuid(), gen_random_uuid(), '', '', false)",
+        "append_known(storied.server(), 1000, ARRAY[$2, $3], ARRAY[$1], ARRAY[3::bigint], ARRAY[$2], ARRAY[$3],
+            ARRAY[gen_random_uuid()], ARRAY[gen_random_uuid()], ARRAY[''::bytea], ARRAY[''::bytea])",
+    ] {
+        let positions: Option<Vec<i64>> = sqlx::query_scalar(AssertSqlSafe(format!("SELECT storied.{function}")))
+            .bind(stream_number)
+            .bind(numbers[0])
+            .bind(numbers[1])
+            .fetch_one(&mut faster)
+            .await
+            .unwrap();
+        assert_eq!(positions, None);
+    }
+    assert_sound(&whole_log(&store).await);
+}
+
+/// An event at the position that an append drew is not taken for its own, whatever its path.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_sequence_that_was_set_back_is_an_error() {
+    let url = PostgresServer::shared().await.create_database().await;
+    let stores = [PostgresStore::connect(&url).await.unwrap(), PostgresStore::connect(&url).await.unwrap()];
+    for id in ["a", "b"] {
+        append(&stores[0], &stream(id), ExpectedVersion::NoStream, events(5)).await.unwrap();
+    }
+    let one = |id: &str, expected, count| Append::one(stream(id), expected, events(count));
+    for store in &stores {
+        for batch in [
+            vec![one("a", exact(5), 1)],
+            vec![one("a", ExpectedVersion::Any, 1)],
+            vec![one("a", exact(5), 2)],
+            vec![one("a", ExpectedVersion::StreamExists, 2)],
+            vec![one("a", exact(5), 1), one("b", exact(5), 1)],
+            vec![one("new", ExpectedVersion::NoStream, 1), one("b", exact(5), 1)],
+            vec![one("new", ExpectedVersion::NoStream, 1)],
+        ] {
+            run(&url, "SELECT setval('storied.positions', 1, false)").await;
+            let text = format!("{batch:?}");
+            for result in store.append(batch).await {
+                match result.unwrap_err() {
+                    AppendError::Store(error @ StoreError::Misconfigured { .. }) => {
+                        assert!(
+                            error.to_string().contains("set back")
+                                || error.to_string().contains("events_pkey")
+                        );
+                        assert!(error.to_string().contains("setval"), "{error}");
+                    }
+                    error => panic!("{error:?} after {text}"),
+                }
+            }
+        }
+    }
+    run(&url, "SELECT setval('storied.positions', (SELECT max(position) FROM storied.events))").await;
+    append(&stores[1], &stream("a"), exact(5), events(1)).await.unwrap();
+    append(&stores[0], &stream("b"), exact(5), events(2)).await.unwrap();
+    let log = whole_log(&stores[0]).await;
+    assert_eq!(log.len(), 13);
+    assert_sound(&log);
 }
 
 /// The key of the lock is not `SELECT last_value`. That value is read without the lock of the
