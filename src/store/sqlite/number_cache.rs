@@ -104,7 +104,9 @@ impl NumberCache {
     /// Returns the facts that suffice to append without a look-up.
     ///
     /// The version of a stream is one if the append expects exactly the last known version. Versions
-    /// never decrease, so the stream is at that version, or the insert violates the key.
+    /// never decrease, so the stream is at that version, or the insert violates the key. An append of
+    /// several parts needs that of each: if the look-up refuses one, an earlier one may be the first
+    /// that does not fit.
     pub(super) fn facts<'b>(&self, batch: &'b [Append]) -> Facts<'b> {
         let mut facts = Facts::default();
         let content = &mut *self.content();
@@ -117,17 +119,19 @@ impl NumberCache {
                 facts.names.insert(name, *number);
             }
         };
-        for part in batch.iter().flat_map(|append| &append.streams) {
-            add_name(part.stream.category(), &content.numbers);
-            for event in &part.events {
-                add_name(event.name.as_str(), &content.numbers);
+        for append in batch {
+            for part in &append.streams {
+                add_name(part.stream.category(), &content.numbers);
+                for event in &part.events {
+                    add_name(event.name.as_str(), &content.numbers);
+                }
             }
-            if let Some((number, version)) = content.streams.get(&part.stream)
-                && part.expected == ExpectedVersion::Exact(*version)
-            {
-                let fact = StreamFact { number: Some(*number), version: *version };
-                facts.streams.insert(&part.stream, fact);
-            }
+            let known = append.streams.iter().map(|part| {
+                let (number, version) = *content.streams.get(&part.stream)?;
+                let fact = StreamFact { number: Some(number), version };
+                (part.expected == ExpectedVersion::Exact(version)).then_some((&part.stream, fact))
+            });
+            facts.streams.extend(known.collect::<Option<Vec<_>>>().unwrap_or_default());
         }
         facts
     }

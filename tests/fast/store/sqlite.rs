@@ -887,3 +887,33 @@ async fn a_file_that_was_deleted_or_replaced_takes_no_more_events() {
         append(&store, one("a", "made")).await.unwrap();
     }
 }
+
+/// The conflict is that of the first part that does not fit, also if the process has older knowledge
+/// of that part.
+#[tokio::test]
+async fn the_first_part_that_does_not_fit_is_the_conflict() {
+    let (_directory, path) = file();
+    let (store, other) = (SqliteStore::open(&path).await.unwrap(), SqliteStore::open(&path).await.unwrap());
+    let part = |id: &str, version| StreamAppend {
+        stream: stream(id),
+        expected: ExpectedVersion::Exact(Version::new(version)),
+        events: vec![event("order.placed")],
+    };
+    for id in ["a", "b"] {
+        append(&store, one(id, "order.placed")).await.unwrap();
+    }
+    append(&other, one("a", "order.placed")).await.unwrap();
+    for (parts, conflict) in [
+        ([part("a", 1), part("b", 9)], ("a", 2)),
+        ([part("b", 9), part("a", 1)], ("b", 1)),
+        ([part("b", 1), part("a", 1)], ("a", 2)),
+    ] {
+        match append(&store, Append::all(parts.into())).await {
+            Err(AppendError::Conflict(found)) => {
+                let actual = found.actual.map(Version::get);
+                assert_eq!((found.stream, actual), (stream(conflict.0), Some(conflict.1)));
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+}
