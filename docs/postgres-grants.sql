@@ -10,7 +10,7 @@ GRANT SELECT ON storied.events, storied.streams, storied.names, storied.position
 GRANT SELECT ON storied.migrations, storied.read_model_migrations TO shop;
 GRANT EXECUTE ON FUNCTION storied.append, storied.append_known, storied.append_one TO shop;
 GRANT EXECUTE ON FUNCTION storied.number_names TO shop;
-GRANT EXECUTE ON FUNCTION storied.high_water_mark, storied.command_events, storied.stream_number TO shop;
+GRANT EXECUTE ON FUNCTION storied.high_water_mark, storied.command_events, storied.stream_number, storied.server TO shop;
 GRANT SELECT, INSERT, UPDATE ON storied.leases, storied.snapshots, storied.controls, storied.publisher TO shop;
 GRANT SELECT, INSERT, UPDATE ON storied.projections, storied.checkpoints TO shop;
 GRANT SELECT, INSERT, UPDATE, DELETE ON storied.parked, storied.requests TO shop;
@@ -21,7 +21,7 @@ GRANT UPDATE (recorded_at) ON storied.commands TO shop;  -- to lock records that
 GRANT USAGE ON SCHEMA storied TO shop_reader;
 GRANT SELECT ON ALL TABLES IN SCHEMA storied TO shop_reader;
 GRANT SELECT ON storied.positions TO shop_reader;
-GRANT EXECUTE ON FUNCTION storied.high_water_mark, storied.stream_number TO shop_reader;
+GRANT EXECUTE ON FUNCTION storied.high_water_mark, storied.stream_number, storied.server TO shop_reader;
 
 -- A read model in another database: the login of PostgresReadModel, after the tables of that schema
 -- exist. Grant the rights on the tables of the read model itself separately.

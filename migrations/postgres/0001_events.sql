@@ -141,6 +141,33 @@ BEGIN
 END $$;
 REVOKE EXECUTE ON FUNCTION storied.number_names FROM PUBLIC;
 
+-- Returns how far the log is readable after the commit of an append, if no other append is in flight:
+-- the position before the event in the log (0: none), and the time of its recording in microseconds
+-- since 1970. That saves waiting readers the call of storied.high_water_mark(). A transaction with a
+-- lower position has taken the low-water lock before its draw, and holds it until its end. So if no
+-- other transaction holds the lock after the draw, all lower positions are decided, and a later
+-- statement sees all of them.
+CREATE FUNCTION storied.settled(drawn bigint, recorded timestamptz) RETURNS bigint[]
+LANGUAGE plpgsql VOLATILE
+AS $$
+BEGIN
+    -- After the draw, and before the query of the log.
+    IF EXISTS (
+        SELECT FROM pg_locks AS l
+        WHERE l.locktype = 'advisory' AND l.objsubid = 1
+            AND (l.classid::bigint >> 12) = ('storied.positions'::regclass::oid::bigint & 1048575)
+            AND l.database = (SELECT d.oid FROM pg_database AS d WHERE d.datname = current_database())
+            AND l.pid IS DISTINCT FROM pg_backend_pid()) THEN -- prepared transactions have no pid
+        RETURN NULL;
+    END IF;
+    RETURN ARRAY[
+        coalesce((
+            SELECT e.position FROM storied.events AS e
+            WHERE e.position < drawn ORDER BY e.position DESC LIMIT 1), 0),
+        (extract(epoch FROM recorded) * 1000000)::bigint];
+END $$;
+REVOKE EXECUTE ON FUNCTION storied.settled FROM PUBLIC;
+
 -- Appends a batch. Each unit (an append of the caller) is atomic and succeeds or fails
 -- independently.
 --
@@ -179,11 +206,13 @@ CREATE FUNCTION storied.append(
     event_command_id uuid[],
     event_payload    bytea[],
     event_metadata   bytea[],
+    settle           boolean DEFAULT false, -- whether to return storied.settled(), if the call has a single event
     OUT streams   bigint[],            -- for each part: number of the stream, null if it does not exist; null if known_server is another one: nothing was done
     OUT versions  bigint[],            -- for each part: version of the stream before the append, or the one that refused it
     OUT lost      boolean[],           -- for each part: met its expectation, but another transaction came first; null if none did
     OUT positions bigint[],            -- for each event; positions of events that were not appended remain holes
-    OUT transaction_id text            -- id of this transaction, null if it wrote nothing
+    OUT transaction_id text,           -- id of this transaction, null if it wrote nothing
+    OUT settled   bigint[]             -- storied.settled() of the event
 )
 LANGUAGE plpgsql VOLATILE SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
@@ -394,6 +423,11 @@ BEGIN
     END IF;
     guard := set_config('storied_log.appending', 'off', true);
     transaction_id := pg_current_xact_id_if_assigned()::text;
+    IF settle AND events = 1 AND lost IS NULL THEN
+        settled := storied.settled(positions[1], (
+            SELECT e.recorded_at FROM storied.events AS e
+            WHERE e.position >= positions[1] AND e.position <= positions[1] ORDER BY e.position LIMIT 1));
+    END IF;
 END $$;
 REVOKE EXECUTE ON FUNCTION storied.append FROM PUBLIC;
 
@@ -471,32 +505,27 @@ BEGIN
 END $$;
 REVOKE EXECUTE ON FUNCTION storied.append_known FROM PUBLIC;
 
--- Like storied.append(), for the most frequent case: one event that follows an event which the
--- caller has seen. It takes half the time, because its arguments are not arrays.
+-- Like storied.append(), for the most frequent cases: one event that follows an event which the
+-- caller has seen, or the first event of a stream. It takes half the time, because its arguments are
+-- not arrays.
 --
--- If the caller names another server process, or the sequence was set back, the function returns
--- null and changes nothing; storied.append() then looks at the stream. So it does after a violation.
---
--- If no other append is in flight, the function also returns how far the log is readable after its
--- commit, which saves waiting readers the call of storied.high_water_mark(). A transaction with a lower
--- position has taken the low-water lock before its draw, and holds it until its end. So if no other
--- transaction holds the lock after the draw, all lower positions are decided, and a later statement
--- sees all of them.
+-- If the caller names another server process, the sequence was set back or the stream to be created
+-- exists, the function returns null and changes nothing; storied.append() then looks at the stream.
+-- So it does after a violation.
 CREATE FUNCTION storied.append_one(
     known_server     bigint,
-    known_position   bigint,           -- position of the previous event, or a higher one
-    event_stream     bigint,
-    event_expected   bigint,           -- version of the previous event
+    known_position   bigint,           -- position of the previous event, or a higher one; null if there is none
+    event_stream     bigint,           -- null: creates the stream
+    event_stream_id  text,             -- null if the stream exists
+    event_expected   bigint,           -- version of the previous event; 0 if there is none
     event_category   integer,
     event_name       integer,
     event_id         uuid,
     event_command_id uuid,
     event_payload    bytea,
     event_metadata   bytea,
-    tell             boolean           -- whether to check that no other append is in flight
-) RETURNS bigint[]                     -- position of the event; if no other append is in flight, also the position before it in
-                                       -- the log (0: none), and the time of recording in
-                                       -- microseconds since 1970
+    settle           boolean           -- whether to add storied.settled()
+) RETURNS bigint[]                     -- number of the stream and position of the event, then the values of storied.settled()
 LANGUAGE plpgsql VOLATILE SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
 SET plan_cache_mode = force_generic_plan
@@ -506,7 +535,6 @@ AS $$
 DECLARE
     drawn    bigint;
     recorded timestamptz;
-    alone    boolean;
     guard    text;                     -- as in storied.append
 BEGIN
     IF current_setting('synchronous_commit') = 'off' THEN
@@ -520,12 +548,24 @@ BEGIN
     IF known_server IS DISTINCT FROM storied.server() THEN
         RETURN NULL;
     END IF;
-    IF NOT coalesce(event_expected >= 1 AND known_position >= 1, false) THEN
-        RAISE EXCEPTION 'a stream is known by an event' USING ERRCODE = 'invalid_parameter_value';
+    IF NOT coalesce(CASE WHEN event_stream IS NULL
+        THEN event_expected = 0 AND storied.is_stream_id(event_stream_id)
+        ELSE event_expected >= 1 AND known_position >= 1 END, false) THEN
+        RAISE EXCEPTION 'a stream has an id that readers cannot read, or is not known by an event'
+            USING ERRCODE = 'invalid_parameter_value';
     END IF;
     IF (SELECT count(*) FROM storied.names AS n WHERE n.number = event_category OR n.number = event_name)
         <> (CASE WHEN event_category = event_name THEN 1 ELSE 2 END) THEN
         RAISE EXCEPTION 'the category or the event name has no number' USING ERRCODE = 'invalid_parameter_value';
+    END IF;
+
+    IF event_stream IS NULL THEN
+        -- Before the low-water lock, because another transaction may be creating the same stream.
+        INSERT INTO storied.streams AS s (category, stream_id) VALUES (event_category, event_stream_id)
+        ON CONFLICT DO NOTHING RETURNING s.number INTO event_stream;
+        IF event_stream IS NULL THEN
+            RETURN NULL;
+        END IF;
     END IF;
 
     PERFORM pg_advisory_xact_lock_shared(
@@ -545,22 +585,7 @@ BEGIN
     RETURNING target.recorded_at INTO recorded;
     guard := set_config('storied_log.appending', 'off', true);
 
-    -- After the draw, and before the query of the log.
-    alone := tell AND NOT EXISTS (
-        SELECT FROM pg_locks AS l
-        WHERE l.locktype = 'advisory' AND l.objsubid = 1
-            AND (l.classid::bigint >> 12) = ('storied.positions'::regclass::oid::bigint & 1048575)
-            AND l.database = (SELECT d.oid FROM pg_database AS d WHERE d.datname = current_database())
-            AND l.pid IS DISTINCT FROM pg_backend_pid()); -- prepared transactions have no pid
-    IF NOT alone THEN
-        RETURN ARRAY[drawn];
-    END IF;
-    RETURN ARRAY[
-        drawn,
-        coalesce((
-            SELECT e.position FROM storied.events AS e
-            WHERE e.position < drawn ORDER BY e.position DESC LIMIT 1), 0),
-        (extract(epoch FROM recorded) * 1000000)::bigint];
+    RETURN ARRAY[event_stream, drawn] || CASE WHEN settle THEN storied.settled(drawn, recorded) END;
 END $$;
 REVOKE EXECUTE ON FUNCTION storied.append_one FROM PUBLIC;
 

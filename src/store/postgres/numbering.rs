@@ -122,17 +122,31 @@ async fn read_streams(
         .fetch_all(&mut **session)
         .await
         .map_err(|error| failed(doing, error))?;
-    let mut categories: HashMap<String, Category> = HashMap::new();
+    learn_streams(core, doing, &rows, [0, 1, 2])
+}
+
+/// Records the streams of rows, whose number, category and id are in `columns`; an event without a
+/// stream has no category and id.
+pub(super) fn learn_streams<'r>(
+    core: &PgInner,
+    doing: &str,
+    rows: &'r [PgRow],
+    columns: [usize; 3],
+) -> Result<HashMap<i64, StreamId>, StoreError> {
+    let mut categories: HashMap<&str, Category> = HashMap::new();
     let mut found = HashMap::with_capacity(rows.len());
-    let columns = |row: &PgRow| -> Result<(i64, String, String), sqlx::Error> {
-        Ok((row.try_get(0)?, row.try_get(1)?, row.try_get(2)?))
+    let [number, category, id] = columns;
+    let text = |row: &'r PgRow, column| {
+        row.try_get::<Option<&'r str>, _>(column).map_err(|error| failed(doing, error))
     };
-    for row in &rows {
-        let (number, category, id) = columns(row).map_err(|error| failed(doing, error))?;
-        let category = match categories.get(&category) {
+    for row in rows {
+        let number = row.try_get(number).map_err(|error| failed(doing, error))?;
+        let (category, id) = (text(row, category)?, text(row, id)?);
+        let (Some(category), Some(id)) = (category, id) else { continue };
+        let category = match categories.get(category) {
             Some(category) => category.clone(),
             None => {
-                let checked = Category::new(&category).map_err(|error| corrupt(doing, &error.to_string()))?;
+                let checked = Category::new(category).map_err(|error| corrupt(doing, &error.to_string()))?;
                 categories.entry(category).or_insert(checked).clone()
             }
         };

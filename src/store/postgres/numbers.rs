@@ -15,6 +15,9 @@ const STREAMS: NonZeroUsize = NonZeroUsize::new(50_000).unwrap();
 /// Maximum number of names that are cached, in each direction.
 const NAMES: usize = 100_000;
 
+/// No server process: none has this number.
+const UNKNOWN: i64 = 0;
+
 /// An event of a stream that this process has seen.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct SeenEvent {
@@ -75,7 +78,7 @@ pub(super) struct Numbers {
 impl Default for Numbers {
     fn default() -> Self {
         let texts = Texts { names: HashMap::new(), streams: LruCache::new(STREAMS) };
-        Self { server: Mutex::new(ServerNumbers::of(0)), texts: Mutex::new(texts) }
+        Self { server: Mutex::new(ServerNumbers::of(UNKNOWN)), texts: Mutex::new(texts) }
     }
 }
 
@@ -102,9 +105,16 @@ impl Numbers {
             }
         }
         let mut known = self.of_server();
+        if known.server == UNKNOWN {
+            *known = ServerNumbers::of(server);
+        }
         if known.server == server {
             for (stream, event) in seen {
-                known.last_events.put(stream, event);
+                match known.last_events.get_mut(&stream) {
+                    Some(last) if last.version >= event.version => {}
+                    Some(last) => *last = event,
+                    None => _ = known.last_events.put(stream, event),
+                }
             }
         }
     }
@@ -113,7 +123,7 @@ impl Numbers {
     pub(super) fn forget(&self, server: i64) {
         let mut known = self.of_server();
         if known.server == server {
-            *known = ServerNumbers::of(0);
+            *known = ServerNumbers::of(UNKNOWN);
         }
     }
 

@@ -14,8 +14,8 @@ use super::connection::Session;
 use super::convert::{from_sql, to_sql};
 use super::error::failed;
 use super::inner::PgInner;
-use super::numbering::resolve;
-use super::numbers::NumberedEvents;
+use super::numbering::{learn_streams, resolve};
+use super::numbers::{NumberedEvents, SeenEvent};
 use crate::codec::Codec;
 use crate::event::{Category, EventName, InvalidName, Position, RecordedEvent, StreamId, Version};
 
@@ -113,6 +113,7 @@ async fn adjacent(core: &Arc<PgInner>, read: &ReadLog, page: &mut LogPage) -> Re
         taken.numbers.push(numbers);
     }
     let count = taken.events.len();
+    learn_streams(core, READING_LOG, &rows, [8, 10, 11])?;
     let events = resolve(core, READING_LOG, taken).await?;
     page.events.extend(events.into_iter().filter(|event| read.filter.matches(event)));
     page.scanned_to = upto;
@@ -305,6 +306,7 @@ pub(super) async fn stream(
     let mut session = core.connections.get(READING_STREAM).await?;
     let mut decoder = Decoder::new(READING_STREAM, core.info.codec)?;
     let mut found = NumberedEvents::default();
+    let mut last = None;
     {
         let mut rows = sqlx::query(core.sql.stream.clone())
             .bind(stream.category())
@@ -317,9 +319,16 @@ pub(super) async fn stream(
             let (event, name) = decoder.event(&row, stream.clone())?;
             found.events.push(event);
             found.numbers.push((name, None));
+            last = Some(row);
         }
     }
     session.finish(READING_STREAM).await?;
+    if let (Some(row), Some(event)) = (last, found.events.last()) {
+        let number = |column| row.try_get::<i64, _>(column).map_err(|error| failed(READING_STREAM, error));
+        let (number, server) = (number(8)?, number(9)?);
+        let seen = SeenEvent { stream: number, version: event.version, position: event.position };
+        core.numbers.learn(server, vec![(stream.clone(), seen)]);
+    }
     resolve(core, READING_STREAM, found).await
 }
 

@@ -62,10 +62,10 @@ statements! {
     /// rejects that. A pooler may send reads to a standby, which lacks the newest events and does
     /// not see the locks of the primary (I1).
     LogSql {
-        append: "SELECT streams, versions, lost, positions, transaction_id
-            FROM storied.append($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15)",
+        append: "SELECT streams, versions, lost, positions, transaction_id, settled
+            FROM storied.append($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16)",
         append_known: "SELECT storied.append_known($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11)",
-        append_one: "SELECT storied.append_one($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11)",
+        append_one: "SELECT storied.append_one($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12)",
         number_names: "SELECT numbers, server FROM storied.number_names($1)",
         // Ranges with an order leave PostgreSQL no other plan.
         names: "SELECT n.number, n.name FROM unnest($1::integer[]) AS wanted (number) CROSS JOIN LATERAL (
@@ -90,7 +90,7 @@ statements! {
             FROM storied.high_water_mark() AS f",
         event_at: "SELECT id FROM storied.events
             WHERE position >= $1 AND position <= $1 AND (SELECT pg_current_wal_lsn()) IS NOT NULL ORDER BY position LIMIT 1",
-        stream: "SELECT position, version, name, id, command_id, payload, metadata, recorded_at
+        stream: "SELECT position, version, name, id, command_id, payload, metadata, recorded_at, stream, (SELECT storied.server())
             FROM storied.events WHERE stream = (SELECT storied.stream_number($1, $2)) AND version > $3
                 AND (SELECT pg_current_wal_lsn()) IS NOT NULL
             ORDER BY version LIMIT $4",
@@ -100,10 +100,18 @@ statements! {
             FROM storied.events WHERE position > $1 AND position <= $2 AND (SELECT pg_current_wal_lsn()) IS NOT NULL
             ORDER BY position LIMIT $3",
         // As `log`, with the id of the event at $1: NULL on a server without that event.
-        adjacent: "SELECT position, version, name, id, command_id, payload, metadata, recorded_at, stream,
-                (SELECT k.id FROM storied.events AS k WHERE k.position = $1)
-            FROM storied.events WHERE position > $1 AND (SELECT pg_current_wal_lsn()) IS NOT NULL
-            ORDER BY position LIMIT $2",
+        // With the streams in clear: a stream's first event must not cost another round trip.
+        adjacent: "SELECT e.position, e.version, e.name, e.id, e.command_id, e.payload, e.metadata, e.recorded_at, e.stream,
+                (SELECT k.id FROM storied.events AS k WHERE k.position = $1), s.category, s.stream_id
+            FROM (
+                SELECT * FROM storied.events WHERE position > $1 AND (SELECT pg_current_wal_lsn()) IS NOT NULL
+                ORDER BY position LIMIT $2
+            ) AS e LEFT JOIN LATERAL (
+                SELECT stream_id, (
+                    SELECT name FROM storied.names WHERE number >= streams.category AND number <= streams.category
+                    ORDER BY number LIMIT 1) AS category
+                FROM storied.streams WHERE number >= e.stream AND number <= e.stream ORDER BY number LIMIT 1
+            ) AS s ON true ORDER BY e.position",
         // A null filter passes everything. OFFSET 0: PostgreSQL cannot look streams or names up by
         // other indexes.
         filtered: "SELECT position, version, name, id, command_id, payload, metadata, recorded_at, stream

@@ -94,6 +94,33 @@ async fn appends_to_common_streams_do_not_deadlock() {
     assert_eq!(deadlocks, 0);
 }
 
+/// The first event of a stream and one after a read need no look-up of the stream.
+#[tokio::test]
+async fn a_first_event_and_one_after_a_read_need_no_look_up() {
+    let url = PostgresServer::shared().await.create_database().await;
+    let store = PostgresStore::connect(&url).await.unwrap();
+    append(&store, &stream("a"), ExpectedVersion::Any, events(2)).await.unwrap();
+    run(&url, "ALTER FUNCTION storied.append RENAME TO hidden_append").await;
+    let fresh = PostgresStore::connect(&url).await.unwrap();
+    append(&fresh, &stream("b"), exact(0), events(1)).await.unwrap();
+    append(&fresh, &stream("c"), ExpectedVersion::NoStream, events(1)).await.unwrap();
+    assert_eq!(fresh.read_stream(&stream("a"), Version::NONE, 10).await.unwrap().len(), 2);
+    append(&fresh, &stream("a"), exact(2), events(2)).await.unwrap();
+    append(&fresh, &stream("b"), exact(1), events(1)).await.unwrap();
+    // An older page takes nothing back.
+    assert_eq!(fresh.read_stream(&stream("a"), Version::NONE, 1).await.unwrap().len(), 1);
+    append(&fresh, &stream("a"), exact(4), events(1)).await.unwrap();
+    run(&url, "ALTER FUNCTION storied.hidden_append RENAME TO append").await;
+    // A stream that exists is a conflict.
+    for (id, actual) in [("a", 5), ("b", 2)] {
+        match append(&store, &stream(id), ExpectedVersion::NoStream, events(1)).await {
+            Err(AppendError::Conflict(conflict)) => assert_eq!(conflict.actual, Some(Version::new(actual))),
+            other => panic!("{other:?}"),
+        }
+    }
+    assert_sound(&whole_log(&store).await);
+}
+
 /// The owner restores an older log under a running program, on the same server.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_was_seen_in_another_file_is_not_trusted() {

@@ -65,7 +65,7 @@ async fn the_owner_of_a_database_migrates_it_and_appends() {
     let insert =
         "INSERT INTO storied.events SELECT 99, stream, 9, now(), name, category, id, id, payload, metadata
                   FROM storied.events LIMIT 1";
-    let one = "SELECT storied.append_one(storied.server(), 4, stream, 4, category, name, gen_random_uuid(), gen_random_uuid(), payload, metadata, true)
+    let one = "SELECT storied.append_one(storied.server(), 4, stream, NULL, 4, category, name, gen_random_uuid(), gen_random_uuid(), payload, metadata, true)
                FROM storied.events LIMIT 1";
     for before in ["SELECT 1", one] {
         connection.execute(AssertSqlSafe(format!("BEGIN; {before}"))).await.unwrap();
@@ -89,14 +89,14 @@ async fn nothing_else_is_granted() {
              positions SELECT, projections INSERT SELECT UPDATE, publisher INSERT SELECT UPDATE, \
              read_model_migrations SELECT, requests DELETE INSERT SELECT UPDATE, snapshots INSERT SELECT UPDATE, \
              streams SELECT; \
-             append, append_known, append_one, command_events, high_water_mark, number_names, stream_number",
+             append, append_known, append_one, command_events, high_water_mark, number_names, server, stream_number",
         ),
         (
             "shop_reader",
             "checkpoints SELECT, commands SELECT, controls SELECT, events SELECT, leases SELECT, meta SELECT, \
              migrations SELECT, names SELECT, parked SELECT, positions SELECT, projections SELECT, publisher SELECT, \
              read_model_migrations SELECT, requests SELECT, snapshots SELECT, streams SELECT; \
-             high_water_mark, stream_number",
+             high_water_mark, server, stream_number",
         ),
         (
             "shop_view",
@@ -178,6 +178,7 @@ fn forged_one(changes: &[(&str, &str)]) -> String {
         ("server", SERVER),
         ("position", "3"),
         ("stream", "storied.stream_number('order', 'a')"),
+        ("stream_id", "NULL"),
         ("expected", "3"),
         ("category", "n.numbers[1]"),
         ("name", "n.numbers[2]"),
@@ -308,7 +309,6 @@ async fn a_login_with_the_documented_rights_can_append_and_nothing_else() {
         "DROP FUNCTION storied.high_water_mark",
         "SELECT storied.is_name('x')",
         "SELECT storied.is_stream_id('y')",
-        "SELECT storied.server()",
         // Epochs and records never decrease by it.
         "TRUNCATE storied.leases",
         "DELETE FROM storied.leases",
@@ -325,8 +325,8 @@ async fn a_login_with_the_documented_rights_can_append_and_nothing_else() {
         "ALTER SYSTEM SET fsync = off",
         "SET ROLE storied",
         "SET SESSION AUTHORIZATION storied",
-        "SET LOCAL synchronous_commit = off; SELECT storied.append_one(0, 1, 1, 1, 1, 1, gen_random_uuid(), gen_random_uuid(), '', '', true)",
-        "SET TRANSACTION ISOLATION LEVEL SERIALIZABLE; SELECT storied.append_one(0, 1, 1, 1, 1, 1, gen_random_uuid(), gen_random_uuid(), '', '', true)",
+        "SET LOCAL synchronous_commit = off; SELECT storied.append_one(0, 1, 1, NULL, 1, 1, 1, gen_random_uuid(), gen_random_uuid(), '', '', true)",
+        "SET TRANSACTION ISOLATION LEVEL SERIALIZABLE; SELECT storied.append_one(0, 1, 1, NULL, 1, 1, 1, gen_random_uuid(), gen_random_uuid(), '', '', true)",
     ];
     let long = "repeat('x', 401)";
     let a = "storied.stream_number('order', 'a')";
@@ -334,6 +334,13 @@ async fn a_login_with_the_documented_rights_can_append_and_nothing_else() {
         forged_one(&[("position", "NULL")]),
         forged_one(&[("position", "0")]),
         forged_one(&[("stream", "NULL")]),
+        forged_one(&[("stream", "NULL"), ("expected", "0")]),
+        forged_one(&[("stream", "NULL"), ("stream_id", "'new'")]),
+        forged_one(&[("stream", "NULL"), ("stream_id", "''"), ("expected", "0")]),
+        forged_one(&[("stream", "NULL"), ("stream_id", "E'a\\x01'"), ("expected", "0")]),
+        forged_one(&[("stream", "NULL"), ("stream_id", "repeat('x', 401)"), ("expected", "0")]),
+        forged_one(&[("stream", "NULL"), ("stream_id", "'new'"), ("expected", "0"), ("category", "1")]),
+        forged_one(&[("stream", "NULL"), ("stream_id", "'new'"), ("expected", "0"), ("metadata", "NULL")]),
         forged_one(&[("expected", "0")]),
         forged_one(&[("expected", "-1")]),
         forged_one(&[("expected", "NULL")]),
@@ -467,6 +474,7 @@ async fn a_login_with_the_documented_rights_can_append_and_nothing_else() {
         forged_one(&[("server", "0")]),
         forged_one(&[("server", "NULL")]),
         forged_one(&[("position", "9223372036854775807")]),
+        forged_one(&[("stream", "NULL"), ("stream_id", "'a'"), ("expected", "0")]),
         forged(&[("server", "0")]),
         forged(&[("server", "NULL")]),
         // Versions that do not follow the last one.

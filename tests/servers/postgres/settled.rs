@@ -3,7 +3,7 @@
 //! The oracle tests that readers miss no event by it.
 
 use sqlx::Connection;
-use storied::{EventStore, Position, PostgresStore, ReadLog, StoreError};
+use storied::{EventStore, ExpectedVersion, Position, PostgresStore, ReadLog, StoreError};
 
 use crate::postgres::oracle::append_one;
 use crate::postgres::tools::{append, connect, events, eventually, exact, run, stream, whole_log};
@@ -26,29 +26,35 @@ async fn a_lone_append_advances_the_mark() {
     let second = next(1).await;
     assert_eq!(*appended.borrow_and_update(), second);
     let told = store.read_log(ReadLog::after(first).upto(second)).await.unwrap();
+    // The first event of a stream, and one without an exact expectation.
+    for (id, expected) in [(8, exact(0)), (8, ExpectedVersion::Any), (9, ExpectedVersion::Any)] {
+        let position = append(&store, &stream(id), expected, events(1)).await.unwrap().positions[0];
+        assert_eq!(*appended.borrow_and_update(), position);
+    }
+    let before_other = *appended.borrow();
 
     let mut other = connect(&url).await;
     let mut begun = other.begin().await.unwrap();
     let event = events(1).remove(0);
     append_one(&mut begun, &stream(2), &event).await.unwrap();
-    let fourth = next(2).await;
-    assert_eq!(*appended.borrow_and_update(), second);
+    let last = next(2).await;
+    assert_eq!(*appended.borrow_and_update(), before_other);
     begun.commit().await.unwrap();
     run(&url, "ALTER FUNCTION storied.hidden_high_water_mark() RENAME TO high_water_mark").await;
-    appended.wait_for(|head| *head == fourth).await.unwrap();
+    appended.wait_for(|head| *head == last).await.unwrap();
 
     // Cached events are equal to those read from the server.
     let log = whole_log(&PostgresStore::connect(&url).await.unwrap()).await;
-    assert_eq!(log.len(), 4);
+    assert_eq!(log.len(), 7);
     assert_eq!(format!("{:?}", told.events), format!("{:?}", &log[1..2]));
-    assert_eq!(log[2].id, event.id);
+    assert_eq!(log[5].id, event.id);
 
     // A page ends at an event, also if the log has a hole.
     assert!(append(&store, &stream(1), exact(0), events(1)).await.is_err());
-    let sixth = next(3).await;
-    let hole = Position::new(sixth.get() - 1);
-    let page = store.read_log(ReadLog::after(fourth).upto(hole)).await.unwrap();
-    assert_eq!((page.events.len(), page.scanned_to), (0, fourth));
+    let after_hole = next(3).await;
+    let hole = Position::new(after_hole.get() - 1);
+    let page = store.read_log(ReadLog::after(last).upto(hole)).await.unwrap();
+    assert_eq!((page.events.len(), page.scanned_to), (0, last));
 }
 
 /// A server that takes over may lack events that the previous one acknowledged (F43).

@@ -1,0 +1,95 @@
+//! A call of any appends.
+
+use sqlx::Row;
+
+use super::super::super::{Append, ExpectedVersion, StreamAppend};
+use super::super::connection::Session;
+use super::super::convert::to_sql;
+use super::super::inner::PgInner;
+use super::one::{settled, single};
+use super::reply::Reply;
+use super::seen::{distinct, exact, seen_before};
+
+/// The arguments of `storied.append()` that depend on what this process has seen.
+struct Numbered {
+    server: i64,
+    /// Highest position of the events that known streams end with.
+    position: Option<i64>,
+    streams: Vec<Option<i64>>,
+    categories: Vec<i32>,
+    names: Vec<i32>,
+}
+
+/// Returns nothing if a name has no number; the numbers were dropped in between.
+fn numbered(core: &PgInner, appends: &[&Append]) -> Option<Numbered> {
+    let mut known = core.numbers.of_server();
+    let parts = || appends.iter().flat_map(|append| &append.streams);
+    let mut position = None;
+    let mut streams = Vec::new();
+    for part in parts() {
+        let last = seen_before(&mut known, part);
+        position = position.max(last.map(|last| to_sql(last.position.get())));
+        streams.push(last.map(|last| last.stream));
+    }
+    let categories = parts().map(|part| known.category(&part.stream)).collect::<Option<Vec<_>>>()?;
+    let events = parts().flat_map(|part| &part.events);
+    let names = events.map(|event| known.name(&event.name)).collect::<Option<Vec<_>>>()?;
+    Some(Numbered { server: known.server, position, streams, categories, names })
+}
+
+/// Appends anything; with `look_up`, reads the versions of all streams first.
+pub(super) async fn execute_many(
+    core: &PgInner,
+    session: &mut Session,
+    appends: &[&Append],
+    look_up: bool,
+) -> Result<Option<Reply>, sqlx::Error> {
+    let Some(numbered) = numbered(core, appends) else { return Ok(None) };
+    let parts =
+        || appends.iter().enumerate().flat_map(|(unit, it)| it.streams.iter().map(move |part| (unit, part)));
+    let events = || parts().flat_map(|(_, part)| part.events.iter());
+    let look_up =
+        look_up || !appends.iter().all(|it| matches!(it.streams.as_slice(), [only] if exact(only).is_some()));
+    let expected = |part: &StreamAppend| {
+        exact(part).unwrap_or(if part.expected == ExpectedVersion::StreamExists { -2 } else { -1 })
+    };
+    let ids = parts().zip(&numbered.streams).map(|((_, part), known)| match known {
+        Some(_) => None,
+        None => Some(part.stream.id()),
+    });
+    let row = sqlx::query(core.sql.append.clone())
+        .bind(numbered.server)
+        .bind(numbered.position)
+        .bind(&numbered.streams)
+        .bind(&numbered.categories)
+        .bind(ids.collect::<Vec<_>>())
+        .bind(parts().map(|(unit, _)| count(unit)).collect::<Vec<_>>())
+        .bind(parts().map(|(_, part)| expected(part)).collect::<Vec<_>>())
+        .bind(parts().map(|(_, part)| count(part.events.len())).collect::<Vec<_>>())
+        .bind(look_up)
+        .bind(distinct(&numbered.categories, &numbered.names))
+        .bind(&numbered.names)
+        .bind(events().map(|event| event.id).collect::<Vec<_>>())
+        .bind(events().map(|event| event.command_id).collect::<Vec<_>>())
+        .bind(events().map(|event| &*event.payload).collect::<Vec<&[u8]>>())
+        .bind(events().map(|event| &*event.metadata).collect::<Vec<&[u8]>>())
+        .bind(core.high_water_mark.can_skip_query())
+        .persistent(core.connections.persistent())
+        .fetch_one(&mut **session)
+        .await?;
+    let Some(mut reply) = Reply::decode(&row, appends, numbered.server)? else {
+        core.numbers.forget(numbered.server);
+        return Ok(None);
+    };
+    if let (Some((part, event)), [Some(Ok(appended))]) = (single(appends), reply.outcomes.as_slice())
+        && let (&[version], &[position]) = (appended.versions.as_slice(), appended.positions.as_slice())
+    {
+        let values: Option<Vec<i64>> = row.try_get(5)?;
+        reply.settled = settled(core, part, event, version, position, &values.unwrap_or_default());
+    }
+    Ok(Some(reply))
+}
+
+fn count(number: usize) -> i32 {
+    i32::try_from(number).unwrap_or(i32::MAX)
+}

@@ -1,0 +1,27 @@
+//! What this process has seen of the streams of a call.
+
+use super::super::super::{ExpectedVersion, StreamAppend};
+use super::super::convert::to_sql;
+use super::super::numbers::{SeenEvent, ServerNumbers};
+
+/// Returns the version that a part expects, if it is a single one.
+pub(super) fn exact(part: &StreamAppend) -> Option<i64> {
+    match part.expected {
+        ExpectedVersion::Exact(version) => Some(to_sql(version.get())),
+        ExpectedVersion::NoStream => Some(0),
+        ExpectedVersion::Any | ExpectedVersion::StreamExists => None,
+    }
+}
+
+/// Returns the event that a part follows, if this process has seen it.
+pub(super) fn seen_before(known: &mut ServerNumbers, part: &StreamAppend) -> Option<SeenEvent> {
+    known.last_event(&part.stream).filter(|last| exact(part) == Some(to_sql(last.version.get())))
+}
+
+/// Returns each of the categories and names once.
+pub(super) fn distinct(categories: &[i32], names: &[i32]) -> Vec<i32> {
+    let mut used = [categories, names].concat();
+    used.sort_unstable();
+    used.dedup();
+    used
+}
