@@ -346,8 +346,9 @@ impl Event for LedgerEvent {
         Upcasters::new()
             .rename("entered", "posted")
             .upcast("posted", "booked", |payload| {
-                let pounds = payload.as_integer().and_then(|n| i64::try_from(n).ok()).ok_or("no amount")?;
-                Ok(Value::Map(vec![("pence".into(), (pounds * 100).into())]))
+                let pounds = payload.as_integer().and_then(|n| i64::try_from(n).ok());
+                let pence = pounds.and_then(|pounds| pounds.checked_mul(100)).ok_or("no amount")?;
+                Ok(Value::Map(vec![("pence".into(), pence.into())]))
             })
             .rename("lost", "nowhere")
     }
