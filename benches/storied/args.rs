@@ -42,6 +42,8 @@ pub enum Workload {
     Scale(usize),
     /// CPU time of the server for an appended event, with this many streams.
     Cpu(usize),
+    /// CPU time of this process for a command.
+    CpuClient,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -87,12 +89,13 @@ const USAGE: &str = "usage: cargo bench --bench storied -- \
        [--store memory|sqlite|postgres] [--bus local|core|jetstream] [--callers N] [--events N] [--payload BYTES]
        [--runs N] [--json FILE]
    or: cargo bench --bench storied -- table FILE.json...   (prints what --json wrote as a table in Markdown)
-codec, append, cpu, acks, live, dispatch, remote, memory and scale are several: codec-cbor, codec-json; append-1, append-100; cpu-1000, cpu-1000000 (streams);
+codec, append, cpu, acks, live, dispatch, remote, memory and scale are several: codec-cbor, codec-json; append-1, append-100; cpu-1000, cpu-1000000 (streams),
+cpu-client;
 acks-awaited, acks-dedup; live, live-latency; dispatch-1 to -3 and remote-1 to -3 (nodes); memory-idle, memory-catchup; scale-2
 to -4 (processes)";
 
 impl Workload {
-    const ALL: [Workload; 27] = [
+    const ALL: [Workload; 28] = [
         Workload::Codec(Codec::Cbor),
         Workload::Codec(Codec::Json),
         Workload::Commands,
@@ -101,6 +104,7 @@ impl Workload {
         Workload::Append(100),
         Workload::Cpu(1_000),
         Workload::Cpu(1_000_000),
+        Workload::CpuClient,
         Workload::Catchup,
         Workload::Rehydrate,
         Workload::Publish,
@@ -142,6 +146,7 @@ impl Workload {
             Workload::MemoryCatchup => "memory-catchup".into(),
             Workload::Scale(nodes) => format!("scale-{nodes}").into(),
             Workload::Cpu(streams) => format!("cpu-{streams}").into(),
+            Workload::CpuClient => "cpu-client".into(),
         }
     }
 
@@ -180,7 +185,7 @@ impl Workload {
 
     fn callers(self) -> &'static [usize] {
         match self {
-            Workload::Commands => &[64],
+            Workload::Commands | Workload::CpuClient => &[64],
             Workload::Hot | Workload::Dispatch(_) | Workload::Remote(_) => &[1, 64],
             Workload::Scale(_) => &[8],
             _ => &[1],
@@ -203,6 +208,7 @@ impl Workload {
             (Workload::Codec(_), _) => 1_000_000,
             (Workload::Scale(_), _) => 4_000,
             (Workload::Cpu(_), _) => 60_000,
+            (Workload::CpuClient, _) => 100_000,
             (Workload::MemoryIdle, _) => 100_000,
             (Workload::MemoryCatchup, _) => 1_000_000,
             (Workload::Catchup | Workload::Publish, _) => 200_000,

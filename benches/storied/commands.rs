@@ -68,7 +68,7 @@ pub async fn remote(plan: &Plan, nodes: usize) -> Comparison {
     let note = format!("aggregates per node: {:?}", futures_util::future::join_all(live).await);
     all.insert(0, caller);
     stop(all).await;
-    let (limit, _) = execute(plan, AGGREGATES).await;
+    let limit = execute(plan, AGGREGATES).await.run;
     Comparison { ours, limit, note }
 }
 

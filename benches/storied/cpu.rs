@@ -1,4 +1,6 @@
-//! CPU time of the server for an appended event, from `/proc`: other load hardly changes it.
+//! CPU time of the server or of this process, from `/proc`: other load hardly changes it.
+
+use std::path::Path;
 
 use sqlx::{Executor, PgConnection, Row};
 use storied::store::{Append, ExpectedVersion};
@@ -9,6 +11,7 @@ use crate::args::{Plan, StoreKind};
 use crate::domain::{AccountEvent, text};
 use crate::measure::{Comparison, Run};
 use crate::stores::{POSTGRES_SCHEMA, Store, postgres};
+use crate::workloads::{AGGREGATES, Execution, execute, inserts};
 
 /// Number of events of a transaction, each of another stream.
 const BATCH: usize = 30;
@@ -91,6 +94,33 @@ pub async fn server(plan: &Plan, streams: usize) -> Comparison {
     Comparison { ours, limit, note }
 }
 
+/// Commands to 1,000 live aggregates, one event each, as in `commands`.
+///
+/// The figure is the CPU time of this process for a command, in nanoseconds. The limit writes the
+/// rows.
+pub async fn client(plan: &Plan) -> Comparison {
+    let Execution { cpu, per_transaction, .. } = execute(plan, AGGREGATES).await;
+    let before = client_cpu();
+    inserts(plan, per_transaction, 2, AGGREGATES).await;
+    let limit = (client_cpu() - before) / plan.events as f64;
+    let note = format!("{per_transaction} events a transaction, the limit's as well; less is better");
+    Comparison { ours: Run::nanoseconds(cpu), limit: Run::nanoseconds(limit), note }
+}
+
+/// Returns the CPU time of this process, in nanoseconds; threads that have ended included.
+pub fn client_cpu() -> f64 {
+    let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
+    // The name of the program, in parentheses, may contain spaces. utime and stime are fields 14 and 15.
+    let fields = stat.rsplit(") ").next().unwrap_or_default().split(' ').skip(11).take(2);
+    // Linux counts them in hundredths of a second.
+    fields.filter_map(|ticks| ticks.parse::<f64>().ok()).sum::<f64>() * 1e7
+}
+
+fn spent(schedstat: &Path) -> f64 {
+    let text = std::fs::read_to_string(schedstat).unwrap_or_default();
+    text.split(' ').next().and_then(|first| first.parse().ok()).unwrap_or_default()
+}
+
 async fn insert(connection: &mut PgConnection, event: &AccountEvent, rows: impl Iterator<Item = (i64, i64)>) {
     let new = NewEvent::encode(event, storied::Codec::Cbor, &Metadata::default()).unwrap();
     let (streams, versions): (Vec<i64>, Vec<i64>) = rows.unzip();
@@ -118,10 +148,5 @@ async fn insert(connection: &mut PgConnection, event: &AccountEvent, rows: impl 
 async fn server_cpu(connection: &mut PgConnection) -> f64 {
     let pids = "SELECT pid FROM pg_stat_activity WHERE datname = current_database()";
     let pids = connection.fetch_all(pids).await.unwrap();
-    let spent = |row: &sqlx::postgres::PgRow| {
-        let file = format!("/proc/{}/schedstat", row.get::<i32, _>(0));
-        let text = std::fs::read_to_string(file).unwrap_or_default();
-        text.split(' ').next().and_then(|first| first.parse::<f64>().ok()).unwrap_or_default()
-    };
-    pids.iter().map(spent).sum()
+    pids.iter().map(|row| spent(Path::new(&format!("/proc/{}/schedstat", row.get::<i32, _>(0))))).sum()
 }

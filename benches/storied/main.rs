@@ -90,6 +90,7 @@ async fn run(plan: &args::Plan) -> Comparison {
         Workload::Hot => workloads::hot(plan).await,
         Workload::Append(events) => workloads::append(plan, events).await,
         Workload::Cpu(streams) => cpu::server(plan, streams).await,
+        Workload::CpuClient => cpu::client(plan).await,
         Workload::Catchup => workloads::catchup(plan).await,
         Workload::Rehydrate => workloads::rehydrate(plan).await,
         Workload::Publish if plan.bus == BusKind::JetStream => delivery::log_stream(plan).await,

@@ -5,6 +5,7 @@ use storied::store::{Append, ExpectedVersion};
 use storied::{Metadata, NewEvent, Position, ReadLog, RecordedEvent, StreamId, Version};
 
 use crate::args::{Plan, StoreKind};
+use crate::cpu::client_cpu;
 use crate::domain::{Account, AccountCommand, AccountEvent, text};
 use crate::limits;
 use crate::measure::{Comparison, Run, closed_loop};
@@ -17,18 +18,19 @@ const STREAMS: usize = 100;
 
 /// Runs `callers` callers over 1,000 live aggregates, one event per command.
 pub async fn commands(plan: &Plan) -> Comparison {
-    let (ours, per_transaction) = execute(plan, AGGREGATES).await;
+    let Execution { run, per_transaction, .. } = execute(plan, AGGREGATES).await;
     let limit = inserts(plan, per_transaction, 2, AGGREGATES).await;
-    Comparison { ours, limit, note: format!("{per_transaction} events a transaction, the limit's as well") }
+    let note = format!("{per_transaction} events a transaction, the limit's as well");
+    Comparison { ours: run, limit, note }
 }
 
 /// Runs `callers` callers on one aggregate.
 ///
 /// The limit is one commit after the other: the best case of an aggregate without a pipeline.
 pub async fn hot(plan: &Plan) -> Comparison {
-    let (ours, per_transaction) = execute(plan, 1).await;
+    let Execution { run, per_transaction, .. } = execute(plan, 1).await;
     let limit = inserts(&Plan { events: plan.events.min(2_000), ..plan.clone() }, 1, 1, 1).await;
-    Comparison { ours, limit, note: format!("{per_transaction} events a transaction, the limit's 1") }
+    Comparison { ours: run, limit, note: format!("{per_transaction} events a transaction, the limit's 1") }
 }
 
 /// Appends `each` events at a time to separate streams, from `callers` callers.
@@ -111,7 +113,16 @@ impl Projection for Bytes {
     }
 }
 
-pub async fn execute(plan: &Plan, aggregates: usize) -> (Run, usize) {
+/// Commands that were executed.
+pub struct Execution {
+    pub run: Run,
+    /// Mean number of events in a transaction.
+    pub per_transaction: usize,
+    /// CPU time of this process for a command, in nanoseconds.
+    pub cpu: f64,
+}
+
+pub async fn execute(plan: &Plan, aggregates: usize) -> Execution {
     let store = Store::fresh(plan.store).await;
     let runtime = store.builder().aggregate::<Account>().start().await.unwrap();
     let look = |n: usize| {
@@ -120,6 +131,7 @@ pub async fn execute(plan: &Plan, aggregates: usize) -> (Run, usize) {
     };
     closed_loop(64.min(aggregates), aggregates, look).await;
     let text = text(plan.payload);
+    let before = client_cpu();
     let run = closed_loop(plan.callers, plan.events, |n| {
         let (runtime, text) = (runtime.clone(), text.clone());
         async move {
@@ -127,16 +139,17 @@ pub async fn execute(plan: &Plan, aggregates: usize) -> (Run, usize) {
         }
     })
     .await;
+    let cpu = (client_cpu() - before) / plan.events as f64;
     let writer = runtime.status().await.writer;
     assert_eq!(writer.events, plan.events as u64);
     runtime.shutdown().await.unwrap();
-    (run, (writer.events / writer.transactions).max(1) as usize)
+    Execution { run, per_transaction: (writer.events / writer.transactions).max(1) as usize, cpu }
 }
 
 /// Inserts rows.
 ///
 /// `writers` is the number of connections, if a store has more than one writing connection.
-async fn inserts(plan: &Plan, per_transaction: usize, writers: usize, streams: usize) -> Run {
+pub async fn inserts(plan: &Plan, per_transaction: usize, writers: usize, streams: usize) -> Run {
     match plan.store {
         StoreKind::Sqlite => limits::sqlite_inserts(plan, per_transaction).await,
         StoreKind::Memory => memory_appends(plan, per_transaction).await,

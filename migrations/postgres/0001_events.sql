@@ -35,7 +35,8 @@ CREATE TABLE storied.streams (
 );
 
 CREATE TABLE storied.events (
-    position    bigint      NOT NULL PRIMARY KEY,                -- position in the log, drawn by storied.append
+    position    bigint      NOT NULL                             -- position in the log, drawn by storied.append
+        CONSTRAINT storied_events_position PRIMARY KEY,
     stream      bigint      NOT NULL,                            -- number of the stream
     version     bigint      NOT NULL,                            -- version in the stream: 1, 2, 3 …
     recorded_at timestamptz NOT NULL DEFAULT clock_timestamp(),
@@ -45,7 +46,7 @@ CREATE TABLE storied.events (
     command_id  uuid        NOT NULL,
     payload     bytea       NOT NULL,                            -- encoded with the codec of storied.meta
     metadata    bytea       NOT NULL,                            -- CBOR
-    UNIQUE (stream, version)                                     -- decides between concurrent appends
+    CONSTRAINT storied_events_version UNIQUE (stream, version)   -- decides between concurrent appends
 );
 -- Finds the events of a command in a stream, for the life of the log. Ids that begin with a time
 -- (UUIDv7) are inserted at its right end, whatever the stream. A command with many streams or many
@@ -79,13 +80,14 @@ LANGUAGE sql IMMUTABLE PARALLEL SAFE
 RETURN octet_length(stream_id) BETWEEN 1 AND 400 AND stream_id !~ '[\u0001-\u001f\u007f-\u009f]';
 REVOKE EXECUTE ON FUNCTION storied.is_stream_id FROM PUBLIC;
 
--- The number of the log on this server process: the start time in microseconds, mixed with the file
--- of the events. A caller that names it proves that no failover, restart, restore or TRUNCATE came
--- between what it learned and its append.
+-- The number of the log on this server process, of the start time and the file of the events (of
+-- database and table). A caller that names it proves that no failover, restart or restore, and no
+-- committed TRUNCATE, came between what it learned and its append.
 CREATE FUNCTION storied.server() RETURNS bigint
 LANGUAGE sql STABLE PARALLEL SAFE
-RETURN (extract(epoch FROM pg_catalog.pg_postmaster_start_time()) * 1000000)::bigint
-    # (pg_catalog.pg_relation_filenode('storied.events')::bigint << 30);
+RETURN pg_catalog.hashtextextended(
+    pg_catalog.pg_relation_filepath('storied.events') COLLATE "C",
+    (extract(epoch FROM pg_catalog.pg_postmaster_start_time()) * 1000000)::bigint);
 REVOKE EXECUTE ON FUNCTION storied.server FROM PUBLIC;
 
 -- Returns the number of a stream, null if it does not exist.
@@ -457,6 +459,7 @@ SET enable_bitmapscan = off
 AS $$
 DECLARE
     positions bigint[];
+    violated  text;                    -- name of a constraint
     guard     text;                    -- as in storied.append
 BEGIN
     IF current_setting('synchronous_commit') = 'off' THEN
@@ -498,6 +501,10 @@ BEGIN
         FROM unnest(positions, event_stream, event_expected, event_category, event_name, event_id, event_command_id, event_payload, event_metadata)
             AS i (position, stream, expected, category, name, id, command_id, payload, metadata);
     EXCEPTION WHEN unique_violation THEN
+        GET STACKED DIAGNOSTICS violated = CONSTRAINT_NAME;
+        IF violated = 'storied_events_position' THEN
+            RAISE; -- the sequence was set back
+        END IF;
         positions := NULL;
     END;
     guard := set_config('storied_log.appending', 'off', true);
@@ -549,7 +556,7 @@ BEGIN
         RETURN NULL;
     END IF;
     IF NOT coalesce(CASE WHEN event_stream IS NULL
-        THEN event_expected = 0 AND storied.is_stream_id(event_stream_id)
+        THEN event_expected = 0 AND known_position IS NULL AND storied.is_stream_id(event_stream_id)
         ELSE event_expected >= 1 AND known_position >= 1 END, false) THEN
         RAISE EXCEPTION 'a stream has an id that readers cannot read, or is not known by an event'
             USING ERRCODE = 'invalid_parameter_value';

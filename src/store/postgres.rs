@@ -76,8 +76,8 @@ use crate::event::{Position, RecordedEvent, StreamId, Version};
 use crate::panic::panic_text;
 use crate::startup;
 
-/// Number of append transactions that the runtime keeps in flight: one is in transit while the
-/// server commits the other.
+/// Maximum number of append transactions that the runtime keeps in flight: one is in transit while
+/// the server commits the other, if that takes long.
 const APPENDS: usize = 2;
 
 /// An event store in PostgreSQL 15 or newer.

@@ -51,8 +51,15 @@ struct StreamQueue {
     in_flight: bool,
 }
 
-/// A finished transaction: its submissions and the store's results.
-type Finished = (Vec<Vec<PendingAppend>>, Vec<Result<Appended, AppendError>>);
+/// A transaction in flight.
+struct InFlight {
+    number: u64,
+    events: usize,
+    since: Instant,
+}
+
+/// A finished transaction: its number, its submissions and the store's results.
+type Finished = (u64, Vec<Vec<PendingAppend>>, Vec<Result<Appended, AppendError>>);
 
 pub(super) struct Committer {
     store: Arc<dyn EventStore>,
@@ -71,10 +78,12 @@ pub(super) struct Committer {
     /// A task of its own would cost a scheduler hop there and back. After three such hops in a row,
     /// tokio wakes another thread, which takes longer than all other work for an append.
     running: FuturesUnordered<BoxFuture<'static, Finished>>,
-    /// Number of events of the transaction that started last.
-    newest_events: usize,
-    /// Ends when that transaction is slow.
+    /// The same transactions, in the order of their starts.
+    in_flight: Vec<InFlight>,
+    /// Ends when the newest of them is slow.
     newest_is_slow: Pin<Box<Sleep>>,
+    /// Number of the next transaction.
+    next_number: u64,
     /// Remaining `yield_now` calls, of [`TURNS`].
     turns: usize,
     /// Number of queued appends that ends the yields early: as many as were answered are back.
@@ -92,8 +101,9 @@ impl Committer {
             ready: VecDeque::new(),
             waiting: 0,
             running: FuturesUnordered::new(),
-            newest_events: 0,
+            in_flight: Vec::new(),
             newest_is_slow: Box::pin(sleep(SLOW)),
+            next_number: 0,
             turns: 0,
             expected: 0,
         }
@@ -134,14 +144,27 @@ impl Committer {
 
     /// Returns whether a transaction can start now.
     fn may_start(&self) -> bool {
-        let beside = self.newest_events <= SMALL || self.newest_is_slow.deadline() <= Instant::now();
-        !self.ready.is_empty() && (self.running.is_empty() || self.running.len() < self.concurrency && beside)
+        let may = |newest: &InFlight| newest.events <= SMALL || newest.since.elapsed() >= SLOW;
+        !self.ready.is_empty() && self.in_flight.last().is_none_or(|newest| self.has_room() && may(newest))
     }
 
     /// Returns whether a transaction can start as soon as the newest one is slow.
     fn waits_for_the_newest(&self) -> bool {
-        let waits = self.newest_events > SMALL && self.newest_is_slow.deadline() > Instant::now();
-        waits && !self.ready.is_empty() && self.running.len() < self.concurrency
+        let waits = !self.ready.is_empty() && !self.in_flight.is_empty();
+        waits && self.has_room() && !self.may_start()
+    }
+
+    fn has_room(&self) -> bool {
+        self.in_flight.len() < self.concurrency
+    }
+
+    /// Watches when the newest transaction in flight is slow.
+    fn watch_the_newest(&mut self) {
+        if self.concurrency > 1
+            && let Some(newest) = self.in_flight.last()
+        {
+            self.newest_is_slow.as_mut().reset(newest.since + SLOW);
+        }
     }
 
     /// Finishes transactions; returns the number of their appends.
@@ -149,8 +172,10 @@ impl Committer {
     /// A next one without a rival starts before the answers.
     async fn finish_all(&mut self, finished: Finished) -> usize {
         let (mut answered, mut next) = (0, Some(finished));
-        while let Some((batch, answers)) = next.take() {
-            if self.running.is_empty() && !self.ready.is_empty() {
+        while let Some((number, batch, answers)) = next.take() {
+            self.in_flight.retain(|other| other.number != number);
+            self.watch_the_newest();
+            if self.in_flight.is_empty() && !self.ready.is_empty() {
                 self.start_transaction();
                 if let Poll::Ready(finished) = futures_util::poll!(self.running.next()) {
                     next = finished;
@@ -229,11 +254,11 @@ impl Committer {
         }
         if !batch.is_empty() {
             self.counters.transactions.fetch_add(1, Ordering::Relaxed);
-            self.newest_events = events;
-            if self.concurrency > 1 {
-                self.newest_is_slow.as_mut().reset(Instant::now() + SLOW);
-            }
-            self.running.push(append_all(self.store.clone(), batch, self.metrics.clone()).boxed());
+            let number = self.next_number;
+            self.next_number += 1;
+            self.in_flight.push(InFlight { number, events, since: Instant::now() });
+            self.watch_the_newest();
+            self.running.push(append_all(self.store.clone(), number, batch, self.metrics.clone()).boxed());
         }
     }
 
@@ -312,6 +337,7 @@ fn refuse(submission: PendingAppend, counters: &Counters) {
 
 async fn append_all(
     store: Arc<dyn EventStore>,
+    number: u64,
     batch: Vec<Vec<PendingAppend>>,
     metrics: Metrics,
 ) -> Finished {
@@ -338,7 +364,7 @@ async fn append_all(
         _ => None,
     });
     metrics.appended(timer, events, failed);
-    (batch, answers)
+    (number, batch, answers)
 }
 
 fn failed(appends: usize, reason: String) -> Vec<Result<Appended, AppendError>> {

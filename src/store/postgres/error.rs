@@ -123,15 +123,15 @@ pub(crate) fn is_version_race(error: &sqlx::Error) -> bool {
 
 /// Returns whether an append drew the position of another event.
 pub(crate) fn is_position_taken(error: &sqlx::Error) -> bool {
-    error.as_database_error().is_some_and(|error| error.constraint() == Some("events_pkey"))
+    error.as_database_error().is_some_and(|error| error.constraint() == Some("storied_events_position"))
 }
 
 /// The error of an append whose sequence of positions was set back.
 pub(crate) fn set_back(doing: &str, message: &str) -> StoreError {
     StoreError::Misconfigured {
-        expected: "the sequence storied.positions at the position of the last event or higher".into(),
+        expected: "the sequence of positions at the last event or higher".into(),
         found: format!("{message} ({doing})"),
-        advice: "a copy, restore or replication has not advanced the sequence: stop all writers and SELECT setval('storied.positions', (SELECT max(position) FROM storied.events))".into(),
+        advice: "a copy, restore or replication has not advanced the sequence: stop all writers and, in the schema of the store, SELECT setval('positions', (SELECT max(position) FROM events))".into(),
     }
 }
 

@@ -1,9 +1,12 @@
 //! Appends after events that the process has seen: without a look-up, and with the same results.
 
+use sqlx::{AssertSqlSafe, Executor};
 use storied::store::{Append, AppendError};
 use storied::{EventStore, ExpectedVersion, PostgresStore, Version};
 
-use crate::postgres::tools::{append, assert_sound, connect, events, exact, run, stream, whole_log};
+use crate::postgres::tools::{
+    append, assert_sound, connect, events, eventually, exact, run, stream, whole_log,
+};
 use crate::support::PostgresServer;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -141,6 +144,44 @@ async fn what_was_seen_in_another_file_is_not_trusted() {
         other => panic!("{other:?}"),
     }
     append(&store, &stream("a"), exact(1), events(1)).await.unwrap();
+}
+
+/// A copy of the database takes its place on the same server process, with the same files.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_was_seen_in_the_original_of_a_copy_is_not_trusted() {
+    let server = PostgresServer::start().await;
+    let url = server.create_database().await;
+    let name = url.rsplit('/').next().unwrap();
+    let store = PostgresStore::connect(&url).await.unwrap();
+    append(&store, &stream("a"), exact(0), events(1)).await.unwrap();
+    let as_owner = async |sql: String| {
+        // The store opens connections again, which hold up each of these statements.
+        let end = format!("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}'");
+        eventually("the database is free", async || {
+            let mut owner = connect(&server.url()).await;
+            owner.execute(AssertSqlSafe(end.clone())).await.unwrap();
+            owner.execute(AssertSqlSafe(sql.clone())).await.is_ok()
+        })
+        .await;
+    };
+    as_owner(format!("CREATE DATABASE copied TEMPLATE {name}")).await;
+    let again = async |version, count| loop {
+        match append(&store, &stream("a"), exact(version), events(count)).await {
+            Err(AppendError::Store(error)) if error.is_transient() => {}
+            result => return result,
+        }
+    };
+    again(1, 1).await.unwrap();
+    as_owner(format!("ALTER DATABASE {name} RENAME TO original")).await;
+    as_owner(format!("ALTER DATABASE copied RENAME TO {name}")).await;
+    let ends = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = 'original'";
+    run(&server.url(), ends).await;
+    let other = PostgresStore::connect(&url).await.unwrap();
+    append(&other, &stream("z"), exact(0), events(20)).await.unwrap();
+    match again(2, 1).await {
+        Err(AppendError::Conflict(conflict)) => assert_eq!(conflict.actual, Some(Version::new(1))),
+        other => panic!("{other:?}"),
+    }
 }
 
 /// One text for each name and stream, however many events have it; a view shows the log in clear.

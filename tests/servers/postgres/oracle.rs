@@ -855,14 +855,22 @@ async fn a_sequence_that_was_set_back_is_an_error() {
     for id in ["a", "b"] {
         append(&stores[0], &stream(id), ExpectedVersion::NoStream, events(5)).await.unwrap();
     }
+    // Position 2 is a hole: an append that tried again after position 1 would be missed by readers.
+    run(
+        &url,
+        "ALTER TABLE storied.events DISABLE TRIGGER USER; DELETE FROM storied.events WHERE position = 2;
+         UPDATE storied.events SET version = version - 1 WHERE position BETWEEN 3 AND 5;
+         ALTER TABLE storied.events ENABLE TRIGGER USER",
+    )
+    .await;
     let one = |id: &str, expected, count| Append::one(stream(id), expected, events(count));
     for store in &stores {
         for batch in [
-            vec![one("a", exact(5), 1)],
+            vec![one("a", exact(4), 1)],
             vec![one("a", ExpectedVersion::Any, 1)],
-            vec![one("a", exact(5), 2)],
+            vec![one("a", exact(4), 2)],
             vec![one("a", ExpectedVersion::StreamExists, 2)],
-            vec![one("a", exact(5), 1), one("b", exact(5), 1)],
+            vec![one("a", exact(4), 1), one("b", exact(5), 1)],
             vec![one("new", ExpectedVersion::NoStream, 1), one("b", exact(5), 1)],
             vec![one("new", ExpectedVersion::NoStream, 1)],
         ] {
@@ -871,10 +879,6 @@ async fn a_sequence_that_was_set_back_is_an_error() {
             for result in store.append(batch).await {
                 match result.unwrap_err() {
                     AppendError::Store(error @ StoreError::Misconfigured { .. }) => {
-                        assert!(
-                            error.to_string().contains("set back")
-                                || error.to_string().contains("events_pkey")
-                        );
                         assert!(error.to_string().contains("setval"), "{error}");
                     }
                     error => panic!("{error:?} after {text}"),
@@ -883,10 +887,10 @@ async fn a_sequence_that_was_set_back_is_an_error() {
         }
     }
     run(&url, "SELECT setval('storied.positions', (SELECT max(position) FROM storied.events))").await;
-    append(&stores[1], &stream("a"), exact(5), events(1)).await.unwrap();
+    append(&stores[1], &stream("a"), exact(4), events(1)).await.unwrap();
     append(&stores[0], &stream("b"), exact(5), events(2)).await.unwrap();
     let log = whole_log(&stores[0]).await;
-    assert_eq!(log.len(), 13);
+    assert_eq!(log.len(), 12);
     assert_sound(&log);
 }
 

@@ -220,8 +220,8 @@ fn wrong(scan: &str) -> Option<&'static str> {
     let leads =
         |column: &str| scan.contains(&format!("({column} ")) || scan.contains(&format!("(ROW({column},"));
     let first = match index {
-        "events_pkey" => "\"position\"",
-        "events_stream_version_key" => "stream",
+        "storied_events_position" => "\"position\"",
+        "storied_events_version" => "stream",
         "events_by_name" => "name",
         "events_by_command_id" => "command_id",
         "streams_pkey" => "number",
@@ -250,12 +250,12 @@ fn meant(query: &str, scan: &str) -> bool {
         .iter()
         .any(|key| query.contains(&format!("stream = {key}")))
     {
-        return index("events_stream_version_key");
+        return index("storied_events_version");
     }
     if query.contains("unnest(command_categories, command_stream_ids, command_ids)") {
         return index("events_by_command_id");
     }
-    index("events_pkey")
+    index("storied_events_position")
 }
 
 /// The statements of the store that read or change large tables, directly or by

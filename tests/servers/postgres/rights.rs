@@ -142,9 +142,7 @@ async fn attempt(connection: &mut PgConnection, sql: &str) -> Result<(), sqlx::E
     done.map(drop)
 }
 
-/// The number of the server process, which a program may not ask for.
-const SERVER: &str = "(extract(epoch FROM pg_catalog.pg_postmaster_start_time()) * 1000000)::bigint
-     # (pg_catalog.pg_relation_filenode('storied.events')::bigint << 30)";
+const SERVER: &str = "storied.server()";
 
 /// Returns a call of `storied.append()` for two parts with an event each, with changed arguments.
 fn forged(changes: &[(&str, &str)]) -> String {
@@ -334,13 +332,36 @@ async fn a_login_with_the_documented_rights_can_append_and_nothing_else() {
         forged_one(&[("position", "NULL")]),
         forged_one(&[("position", "0")]),
         forged_one(&[("stream", "NULL")]),
-        forged_one(&[("stream", "NULL"), ("expected", "0")]),
+        forged_one(&[("stream", "NULL"), ("position", "NULL"), ("expected", "0")]),
+        forged_one(&[("stream", "NULL"), ("stream_id", "'new'"), ("expected", "0")]),
         forged_one(&[("stream", "NULL"), ("stream_id", "'new'")]),
-        forged_one(&[("stream", "NULL"), ("stream_id", "''"), ("expected", "0")]),
-        forged_one(&[("stream", "NULL"), ("stream_id", "E'a\\x01'"), ("expected", "0")]),
-        forged_one(&[("stream", "NULL"), ("stream_id", "repeat('x', 401)"), ("expected", "0")]),
-        forged_one(&[("stream", "NULL"), ("stream_id", "'new'"), ("expected", "0"), ("category", "1")]),
-        forged_one(&[("stream", "NULL"), ("stream_id", "'new'"), ("expected", "0"), ("metadata", "NULL")]),
+        forged_one(&[("stream", "NULL"), ("position", "NULL"), ("stream_id", "''"), ("expected", "0")]),
+        forged_one(&[
+            ("stream", "NULL"),
+            ("position", "NULL"),
+            ("stream_id", "E'a\\x01'"),
+            ("expected", "0"),
+        ]),
+        forged_one(&[
+            ("stream", "NULL"),
+            ("position", "NULL"),
+            ("stream_id", "repeat('x', 401)"),
+            ("expected", "0"),
+        ]),
+        forged_one(&[
+            ("stream", "NULL"),
+            ("position", "NULL"),
+            ("stream_id", "'new'"),
+            ("expected", "0"),
+            ("category", "1"),
+        ]),
+        forged_one(&[
+            ("stream", "NULL"),
+            ("position", "NULL"),
+            ("stream_id", "'new'"),
+            ("expected", "0"),
+            ("metadata", "NULL"),
+        ]),
         forged_one(&[("expected", "0")]),
         forged_one(&[("expected", "-1")]),
         forged_one(&[("expected", "NULL")]),
@@ -474,7 +495,7 @@ async fn a_login_with_the_documented_rights_can_append_and_nothing_else() {
         forged_one(&[("server", "0")]),
         forged_one(&[("server", "NULL")]),
         forged_one(&[("position", "9223372036854775807")]),
-        forged_one(&[("stream", "NULL"), ("stream_id", "'a'"), ("expected", "0")]),
+        forged_one(&[("stream", "NULL"), ("position", "NULL"), ("stream_id", "'a'"), ("expected", "0")]),
         forged(&[("server", "0")]),
         forged(&[("server", "NULL")]),
         // Versions that do not follow the last one.

@@ -3,7 +3,7 @@
 //! The oracle tests that readers miss no event by it.
 
 use sqlx::Connection;
-use storied::{EventStore, ExpectedVersion, Position, PostgresStore, ReadLog, StoreError};
+use storied::{EventStore, ExpectedVersion, Position, PostgresOptions, PostgresStore, ReadLog, StoreError};
 
 use crate::postgres::oracle::append_one;
 use crate::postgres::tools::{append, connect, events, eventually, exact, run, stream, whole_log};
@@ -55,6 +55,21 @@ async fn a_lone_append_advances_the_mark() {
     let hole = Position::new(after_hole.get() - 1);
     let page = store.read_log(ReadLog::after(last).upto(hole)).await.unwrap();
     assert_eq!((page.events.len(), page.scanned_to), (0, last));
+}
+
+/// A connection to a pooler may lead to another server than before, which only a query finds out.
+#[tokio::test]
+async fn an_append_through_a_pooler_settles_nothing() {
+    let url = PostgresServer::shared().await.create_database().await;
+    let store = PostgresOptions::new().url(&url).transaction_pooler(true).connect().await.unwrap();
+    let mut appended = store.appended();
+    append(&store, &stream(1), exact(0), events(1)).await.unwrap();
+    let head = store.high_water_mark().await.unwrap();
+    appended.wait_for(|known| *known == head).await.unwrap();
+    run(&url, "ALTER FUNCTION storied.high_water_mark() RENAME TO hidden_high_water_mark").await;
+    append(&store, &stream(1), exact(1), events(1)).await.unwrap();
+    append(&store, &stream(2), exact(0), events(1)).await.unwrap();
+    assert_eq!(*appended.borrow_and_update(), head);
 }
 
 /// A server that takes over may lack events that the previous one acknowledged (F43).

@@ -73,7 +73,8 @@ pub(super) async fn execute_many(
         .bind(events().map(|event| event.command_id).collect::<Vec<_>>())
         .bind(events().map(|event| &*event.payload).collect::<Vec<&[u8]>>())
         .bind(events().map(|event| &*event.metadata).collect::<Vec<&[u8]>>())
-        .bind(core.high_water_mark.can_skip_query())
+        // Behind a pooler, the same connection may lead to another server.
+        .bind(!core.connections.appends_in_transactions() && core.high_water_mark.can_skip_query())
         .persistent(core.connections.persistent())
         .fetch_one(&mut **session)
         .await?;

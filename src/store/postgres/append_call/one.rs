@@ -54,8 +54,10 @@ pub(super) async fn execute_one(
         .fetch_one(&mut **session)
         .await;
     let answer = match answer {
-        // The version is taken: `append()` finds out by whom.
-        Err(sqlx::Error::Database(error)) if error.is_unique_violation() => return Ok(None),
+        // The version is taken: `append()` finds out by whom. A taken position is an error.
+        Err(sqlx::Error::Database(error)) if error.constraint() == Some("storied_events_version") => {
+            return Ok(None);
+        }
         answer => answer?,
     };
     let Some(&[stream, position, ref rest @ ..]) = answer.as_deref() else { return Ok(None) };
