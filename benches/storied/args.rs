@@ -44,6 +44,10 @@ pub enum Workload {
     Cpu(usize),
     /// CPU time of this process for a command.
     CpuClient,
+    /// Commands on new aggregates.
+    Creations,
+    /// Commands beside readers of the log.
+    Mixed,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -85,7 +89,7 @@ pub struct Args {
 }
 
 const USAGE: &str = "usage: cargo bench --bench storied -- \
-[all|codec|commands|hot|append|cpu|catchup|rehydrate|publish|acks|latency|live|dispatch|remote|memory|scale]
+[all|codec|commands|hot|append|cpu|creations|mixed|catchup|rehydrate|publish|acks|latency|live|dispatch|remote|memory|scale]
        [--store memory|sqlite|postgres] [--bus local|core|jetstream] [--callers N] [--events N] [--payload BYTES]
        [--runs N] [--json FILE]
    or: cargo bench --bench storied -- table FILE.json...   (prints what --json wrote as a table in Markdown)
@@ -95,7 +99,7 @@ acks-awaited, acks-dedup; live, live-latency; dispatch-1 to -3 and remote-1 to -
 to -4 (processes)";
 
 impl Workload {
-    const ALL: [Workload; 28] = [
+    const ALL: [Workload; 30] = [
         Workload::Codec(Codec::Cbor),
         Workload::Codec(Codec::Json),
         Workload::Commands,
@@ -105,6 +109,8 @@ impl Workload {
         Workload::Cpu(1_000),
         Workload::Cpu(1_000_000),
         Workload::CpuClient,
+        Workload::Creations,
+        Workload::Mixed,
         Workload::Catchup,
         Workload::Rehydrate,
         Workload::Publish,
@@ -147,6 +153,8 @@ impl Workload {
             Workload::Scale(nodes) => format!("scale-{nodes}").into(),
             Workload::Cpu(streams) => format!("cpu-{streams}").into(),
             Workload::CpuClient => "cpu-client".into(),
+            Workload::Creations => "creations".into(),
+            Workload::Mixed => "mixed".into(),
         }
     }
 
@@ -166,7 +174,9 @@ impl Workload {
             Workload::Scale(_) | Workload::Cpu(_) | Workload::Live | Workload::LiveLatency => {
                 &[StoreKind::Postgres]
             }
-            Workload::Append(_) | Workload::MemoryCatchup => &[StoreKind::Sqlite, StoreKind::Postgres],
+            Workload::Append(_) | Workload::Creations | Workload::Mixed | Workload::MemoryCatchup => {
+                &[StoreKind::Sqlite, StoreKind::Postgres]
+            }
             _ => &StoreKind::ALL,
         }
     }
@@ -185,7 +195,7 @@ impl Workload {
 
     fn callers(self) -> &'static [usize] {
         match self {
-            Workload::Commands | Workload::CpuClient => &[64],
+            Workload::Commands | Workload::CpuClient | Workload::Creations | Workload::Mixed => &[64],
             Workload::Hot | Workload::Dispatch(_) | Workload::Remote(_) => &[1, 64],
             Workload::Scale(_) => &[8],
             _ => &[1],
@@ -209,6 +219,7 @@ impl Workload {
             (Workload::Scale(_), _) => 4_000,
             (Workload::Cpu(_), _) => 60_000,
             (Workload::CpuClient, _) => 100_000,
+            (Workload::Creations | Workload::Mixed, _) => 20_000,
             (Workload::MemoryIdle, _) => 100_000,
             (Workload::MemoryCatchup, _) => 1_000_000,
             (Workload::Catchup | Workload::Publish, _) => 200_000,

@@ -6,9 +6,9 @@
 //! cargo bench --bench storied -- table FILE.json...
 //! ```
 //!
-//! Workloads: `codec`, `commands`, `hot`, `append`, `cpu`, `catchup`, `rehydrate`, `publish`, `acks`,
-//! `latency`, `live`, `dispatch`, `remote`, `memory`, `scale`, or `all` (the default), on every store
-//! and every bus that is not excluded. storied and the limit run in turns, `runs` times. The report
+//! Workloads: `codec`, `commands`, `hot`, `append`, `cpu`, `creations`, `mixed`, `catchup`, `rehydrate`,
+//! `publish`, `acks`, `latency`, `live`, `dispatch`, `remote`, `memory`, `scale`, or `all` (the default),
+//! on every store and every bus that is not excluded. storied and the limit run in turns, `runs` times. The report
 //! has the medians, and their ratio with its spread. The function of a workload describes its limit.
 //! To interpret the numbers: `docs/performance.md`.
 //!
@@ -91,6 +91,8 @@ async fn run(plan: &args::Plan) -> Comparison {
         Workload::Append(events) => workloads::append(plan, events).await,
         Workload::Cpu(streams) => cpu::server(plan, streams).await,
         Workload::CpuClient => cpu::client(plan).await,
+        Workload::Creations => workloads::creations(plan).await,
+        Workload::Mixed => workloads::mixed(plan).await,
         Workload::Catchup => workloads::catchup(plan).await,
         Workload::Rehydrate => workloads::rehydrate(plan).await,
         Workload::Publish if plan.bus == BusKind::JetStream => delivery::log_stream(plan).await,

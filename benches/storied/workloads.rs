@@ -24,6 +24,41 @@ pub async fn commands(plan: &Plan) -> Comparison {
     Comparison { ours: run, limit, note }
 }
 
+/// Runs `callers` callers; each command is the first one of its aggregate.
+pub async fn creations(plan: &Plan) -> Comparison {
+    let Execution { run, per_transaction, .. } = execute_on(plan, plan.events, 0).await;
+    let limit = inserts(plan, per_transaction, 2, plan.events).await;
+    let note = format!("{per_transaction} events a transaction, the limit's as well");
+    Comparison { ours: run, limit, note }
+}
+
+/// Runs `commands` while four readers read the log from its start, again and again.
+///
+/// The limit is the same without the readers.
+pub async fn mixed(plan: &Plan) -> Comparison {
+    let mut runs = Vec::new();
+    for readers in [4, 0] {
+        let store = Store::fresh(plan.store).await;
+        store.fill(&Plan { events: 200_000.min(plan.events * 10), ..plan.clone() }, AGGREGATES).await;
+        store.settle().await;
+        let mut reading = tokio::task::JoinSet::new();
+        for _ in 0..readers {
+            let store = store.clone();
+            reading.spawn(async move {
+                let mut read = ReadLog::after(Position::START).limit(2_000);
+                loop {
+                    let page = store.port().read_log(read.clone()).await.unwrap();
+                    read.after = if page.has_more() { page.scanned_to } else { Position::START };
+                }
+            });
+        }
+        runs.push(run_commands(plan, &store, AGGREGATES, AGGREGATES).await.run);
+        reading.shutdown().await;
+    }
+    let [ours, limit] = <[Run; 2]>::try_from(runs).ok().unwrap();
+    Comparison { ours, limit, note: "both are storied: beside four readers, and alone".into() }
+}
+
 /// Runs `callers` callers on one aggregate.
 ///
 /// The limit is one commit after the other: the best case of an aggregate without a pipeline.
@@ -122,14 +157,23 @@ pub struct Execution {
     pub cpu: f64,
 }
 
+/// Executes commands on live aggregates of a new store.
 pub async fn execute(plan: &Plan, aggregates: usize) -> Execution {
-    let store = Store::fresh(plan.store).await;
+    execute_on(plan, aggregates, aggregates).await
+}
+
+async fn execute_on(plan: &Plan, aggregates: usize, live: usize) -> Execution {
+    run_commands(plan, &Store::fresh(plan.store).await, aggregates, live).await
+}
+
+/// Executes commands on `aggregates` aggregates, the first of which are `live` before the measurement.
+async fn run_commands(plan: &Plan, store: &Store, aggregates: usize, live: usize) -> Execution {
     let runtime = store.builder().aggregate::<Account>().start().await.unwrap();
     let look = |n: usize| {
         let runtime = runtime.clone();
         async move { drop(runtime.execute::<Account>(n % aggregates, AccountCommand::Look).await.unwrap()) }
     };
-    closed_loop(64.min(aggregates), aggregates, look).await;
+    closed_loop(64.min(aggregates), live, look).await;
     let text = text(plan.payload);
     let before = client_cpu();
     let run = closed_loop(plan.callers, plan.events, |n| {
