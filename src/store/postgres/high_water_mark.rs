@@ -152,8 +152,10 @@ impl HighWaterMark {
     /// Announces that this process has appended up to `position`.
     pub(super) fn announce(&self, position: Position) {
         self.last_local_append.fetch_max(position.get(), Ordering::AcqRel);
-        // If the mark is already at the position, no query is needed.
-        if self.notifies_others || position > *self.head.borrow() {
+        // No query is needed without readers, or if the mark is at the position. A later reader wakes
+        // the tailer itself.
+        let awaited = self.head.receiver_count() > 0 && position > *self.head.borrow();
+        if self.notifies_others || awaited {
             self.wake.notify_one();
         }
     }
