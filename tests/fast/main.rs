@@ -13,6 +13,7 @@ mod codec;
 mod dependencies;
 mod docs;
 mod examples;
+mod group_commit;
 mod projection;
 mod retail_domain;
 mod runtime;

@@ -34,6 +34,7 @@ enum Fault {
 #[derive(Clone)]
 pub struct FaultyStore {
     pub inner: MemoryStore,
+    info: StoreInfo,
     /// Announces only the appends of this handle, as if the others were of another process.
     apart: Option<watch::Sender<Position>>,
     pub hold_snapshots: bool,
@@ -50,6 +51,7 @@ pub struct FaultyStore {
 impl FaultyStore {
     pub fn new(inner: MemoryStore) -> Self {
         Self {
+            info: inner.info().clone(),
             inner,
             apart: None,
             hold_snapshots: false,
@@ -74,6 +76,11 @@ impl FaultyStore {
         let store = Self::new(inner);
         store.set(Fault::Discard);
         store
+    }
+
+    pub fn with_append_concurrency(mut self, appends: usize) -> Self {
+        self.info = self.info.with_append_concurrency(appends);
+        self
     }
 
     fn set(&self, fault: Fault) {
@@ -127,6 +134,11 @@ impl FaultyStore {
         }
     }
 
+    /// Returns the number of calls since [`hold`](Self::hold).
+    pub fn appends_held(&self) -> usize {
+        self.held.load(Ordering::SeqCst)
+    }
+
     pub fn count_reads(&self) {
         self.events_read.store(0, Ordering::SeqCst);
     }
@@ -147,7 +159,7 @@ async fn until(gate: &watch::Sender<bool>) {
 
 impl EventStore for FaultyStore {
     fn info(&self) -> &StoreInfo {
-        self.inner.info()
+        &self.info
     }
 
     fn append(&self, batch: Vec<Append>) -> BoxFuture<'_, Vec<Result<Appended, AppendError>>> {

@@ -1,6 +1,5 @@
 //! A call for streams whose last events this process has seen.
 
-use super::super::super::{Append, Appended};
 use super::super::connection::Session;
 use super::super::convert::{from_sql, to_sql};
 use super::super::inner::PgInner;
@@ -8,6 +7,7 @@ use super::super::numbers::SeenEvent;
 use super::reply::Reply;
 use super::seen::{distinct, seen_before};
 use crate::event::{Position, Version};
+use crate::store::{Append, Appended};
 
 /// The arguments of `storied.append_known()`, one entry for each event.
 #[derive(Default)]

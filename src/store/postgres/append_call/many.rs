@@ -2,13 +2,13 @@
 
 use sqlx::Row;
 
-use super::super::super::{Append, ExpectedVersion, StreamAppend};
 use super::super::connection::Session;
 use super::super::convert::to_sql;
 use super::super::inner::PgInner;
 use super::one::{settled, single};
 use super::reply::Reply;
 use super::seen::{distinct, exact, seen_before};
+use crate::store::{Append, ExpectedVersion, StreamAppend};
 
 /// The arguments of `storied.append()` that depend on what this process has seen.
 struct Numbered {

@@ -2,7 +2,6 @@
 
 use chrono::DateTime;
 
-use super::super::super::{Append, Appended, StreamAppend};
 use super::super::connection::Session;
 use super::super::convert::{from_sql, to_sql};
 use super::super::inner::PgInner;
@@ -10,6 +9,7 @@ use super::super::numbers::SeenEvent;
 use super::reply::Reply;
 use super::seen::exact;
 use crate::event::{NewEvent, Position, RecordedEvent, Version};
+use crate::store::{Append, Appended, StreamAppend};
 
 /// Returns the only event of a call, and its stream.
 pub(super) fn single<'a>(appends: &[&'a Append]) -> Option<(&'a StreamAppend, &'a NewEvent)> {

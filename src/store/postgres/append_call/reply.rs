@@ -3,10 +3,10 @@
 use sqlx::Row;
 use sqlx::postgres::PgRow;
 
-use super::super::super::{Append, AppendError, Appended, Conflict};
 use super::super::convert::from_sql;
 use super::super::numbers::SeenEvent;
 use crate::event::{Position, RecordedEvent, StreamId, Version};
+use crate::store::{Append, AppendError, Appended, Conflict};
 
 /// The outcome of an append.
 ///

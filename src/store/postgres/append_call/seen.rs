@@ -1,8 +1,8 @@
 //! What this process has seen of the streams of a call.
 
-use super::super::super::{ExpectedVersion, StreamAppend};
 use super::super::convert::to_sql;
 use super::super::numbers::{SeenEvent, ServerNumbers};
+use crate::store::{ExpectedVersion, StreamAppend};
 
 /// Returns the version that a part expects, if it is a single one.
 pub(super) fn exact(part: &StreamAppend) -> Option<i64> {
