@@ -47,6 +47,7 @@ struct Inner {
     ring: broadcast::WeakSender<FeedItem>,
     status: watch::Receiver<FeedStatus>,
     demand: watch::Sender<Demand>,
+    reads: watch::Receiver<()>,
     /// Hints that the log has new events.
     hints: Arc<Notify>,
     stop: watch::Sender<bool>,
@@ -66,6 +67,7 @@ impl Feed {
         let ring = broadcast::Sender::new(options.capacity);
         let (status_sender, status) = watch::channel(FeedStatus::default());
         let (demand, mut demanded) = watch::channel(Demand::Nothing);
+        let (reads_sender, reads) = watch::channel(());
         let hints = Arc::new(Notify::new());
         let (stop, mut stopping) = watch::channel(false);
         let weak = ring.downgrade();
@@ -73,7 +75,8 @@ impl Feed {
             store,
             bus,
             idle_poll: options.idle_poll,
-            reads: RateLimit::of_reads(),
+            limit: RateLimit::of_reads(),
+            reads: reads_sender,
             demand: demanded.clone(),
             hints: hints.clone(),
             ring,
@@ -93,7 +96,7 @@ impl Feed {
                 } => {}
             }
         });
-        Self { inner: Arc::new(Inner { ring: weak, status, demand, hints, stop, _task: task }) }
+        Self { inner: Arc::new(Inner { ring: weak, status, demand, reads, hints, stop, _task: task }) }
     }
 
     /// Follows the log from the current position of the feed.
@@ -109,7 +112,7 @@ impl Feed {
     fn subscribe(&self, demand: Demand) -> FeedFollower {
         let ring = self.inner.ring.upgrade().map(|ring| ring.subscribe());
         self.demand(demand);
-        FeedFollower { ring }
+        FeedFollower { ring, reads: self.inner.reads.clone() }
     }
 
     /// Starts to follow the log even without a follower: the position alone is useful.

@@ -319,6 +319,14 @@ pub trait ReadModel: Sealed + Send + Sync + 'static {
         limit: Option<Duration>,
     ) -> impl Future<Output = Result<Self::Open, StoreError>> + Send;
 
+    /// Announces that [`begin`](Self::begin) with the same arguments probably follows soon.
+    ///
+    /// Does not wait. The transaction may begin meanwhile; if it is not used, it ends by itself.
+    /// Default: does nothing.
+    fn will_begin(&self, projection: &str, limit: Option<Duration>) {
+        let _ = (projection, limit);
+    }
+
     /// Returns the handle that the user writes through.
     fn transaction<'a>(&self, open: &'a mut Self::Open) -> &'a mut Self::Transaction;
 

@@ -1,7 +1,7 @@
 //! A reader of the feed.
 
-use tokio::sync::broadcast;
 use tokio::sync::broadcast::error::{RecvError, TryRecvError};
+use tokio::sync::{broadcast, watch};
 
 use super::item::FeedItem;
 
@@ -9,17 +9,32 @@ use super::item::FeedItem;
 #[derive(Debug)]
 pub(crate) struct FeedFollower {
     pub(super) ring: Option<broadcast::Receiver<FeedItem>>,
+    /// Changes when the feed begins to read the store for a message.
+    pub(super) reads: watch::Receiver<()>,
 }
 
 impl FeedFollower {
     /// Returns the next item; after `Closed` always `Closed`. Cancel-safe.
     pub(crate) async fn next(&mut self) -> FeedItem {
-        let Some(ring) = &mut self.ring else { return FeedItem::Closed };
-        match ring.recv().await {
-            Ok(item) => item,
-            Err(RecvError::Lagged(_)) => FeedItem::Lagged,
-            Err(RecvError::Closed) => FeedItem::Closed,
-        }
+        receive(&mut self.ring).await
+    }
+
+    /// As [`next`](Self::next); calls `on_read` when the feed begins to read the store for a
+    /// message.
+    pub(crate) async fn next_announced(&mut self, on_read: impl Fn()) -> FeedItem {
+        let Self { ring, reads } = self;
+        let item = receive(ring);
+        tokio::pin!(item);
+        let item = loop {
+            tokio::select! {
+                biased;
+                item = &mut item => break item,
+                Ok(()) = reads.changed() => on_read(),
+            }
+        };
+        // A read that this item has answered must not be announced later.
+        reads.mark_unchanged();
+        item
     }
 
     /// Returns the next item if it is available now.
@@ -31,5 +46,14 @@ impl FeedFollower {
             Err(TryRecvError::Closed) => Some(FeedItem::Closed),
             Err(TryRecvError::Empty) => None,
         }
+    }
+}
+
+async fn receive(ring: &mut Option<broadcast::Receiver<FeedItem>>) -> FeedItem {
+    let Some(ring) = ring else { return FeedItem::Closed };
+    match ring.recv().await {
+        Ok(item) => item,
+        Err(RecvError::Lagged(_)) => FeedItem::Lagged,
+        Err(RecvError::Closed) => FeedItem::Closed,
     }
 }

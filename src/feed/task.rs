@@ -20,12 +20,20 @@ use crate::rate_limit::RateLimit;
 use crate::store::{EventStore, StoreError};
 use crate::time::after;
 
+/// Delay of a read for a message while there is no follower.
+const UNFOLLOWED: Duration = Duration::from_millis(100);
+
+/// Announced position of a message that has none.
+const UNKNOWN: Position = Position::new(u64::MAX);
+
 pub(super) struct FeedTask {
     pub(super) store: Arc<dyn EventStore>,
     pub(super) bus: Option<Arc<dyn EventBus>>,
     pub(super) idle_poll: Duration,
     /// Limits reads for messages after which the store has nothing new.
-    pub(super) reads: RateLimit,
+    pub(super) limit: RateLimit,
+    /// Announces such a read to the followers.
+    pub(super) reads: watch::Sender<()>,
     pub(super) demand: watch::Receiver<Demand>,
     pub(super) hints: Arc<Notify>,
     pub(super) ring: broadcast::Sender<FeedItem>,
@@ -57,11 +65,11 @@ impl FeedTask {
         let mut source = self.subscribe(Duration::ZERO);
         let mut bus_failed = false;
         let mut poll_at = after(self.idle_poll);
-        // Time of the delayed read that a message caused.
-        let mut read_at: Option<Instant> = None;
+        // Time of the delayed read that messages caused, and the position that they announced.
+        let mut read_at: Option<(Instant, Position)> = None;
         loop {
             let before = position;
-            let mut woken = false;
+            let mut announced = None;
             tokio::select! {
                 // An error means that the store is being dropped.
                 Ok(()) = appended.changed() => {
@@ -70,9 +78,12 @@ impl FeedTask {
                         position = self.read_on(position, Some(upto)).await;
                     }
                 }
-                () = sleep_until(read_at.unwrap_or(poll_at)), if read_at.is_some() => {
-                    read_at = None;
-                    position = self.read_for_a_message(position).await;
+                () = sleep_until(read_at.map_or(poll_at, |(at, _)| at)), if read_at.is_some() => {
+                    if read_at.take().is_some_and(|(_, upto)| upto > position) {
+                        position = self.read_for_a_message(position).await;
+                    } else {
+                        self.limit.refund();
+                    }
                 }
                 () = sleep_until(poll_at) => {
                     poll_at = after(self.idle_poll);
@@ -81,7 +92,7 @@ impl FeedTask {
                         self.succeeded();
                     }
                 }
-                () = self.hints.notified() => woken = true,
+                () = self.hints.notified() => announced = Some(UNKNOWN),
                 sign = source.next() => match sign {
                     Ok(Sign::Subscribed(subscription)) => {
                         source = Source::Listening(subscription);
@@ -92,7 +103,7 @@ impl FeedTask {
                     }
                     Ok(Sign::Item(item)) => {
                         self.bus_backoff.succeeded();
-                        woken = self.wakes(item, position);
+                        announced = self.announced(item).filter(|upto| *upto > position);
                     }
                     Err(error) => {
                         bus_failed = true;
@@ -103,12 +114,16 @@ impl FeedTask {
                 }
             }
             // All messages until the read share it.
-            if woken && read_at.is_none() {
-                let due = self.reads.take();
-                if due > Instant::now() {
-                    read_at = Some(due);
-                } else {
-                    position = self.read_for_a_message(position).await;
+            match (announced, &mut read_at) {
+                (None, _) => {}
+                (Some(upto), Some((_, reach))) => *reach = upto.max(*reach),
+                (Some(upto), None) => {
+                    let due = self.limit.take().max(self.useful_at());
+                    if due > Instant::now() {
+                        read_at = Some((due, upto));
+                    } else {
+                        position = self.read_for_a_message(position).await;
+                    }
                 }
             }
             if position > before {
@@ -146,22 +161,31 @@ impl FeedTask {
     ///
     /// A read that finds events does not count against the limit.
     async fn read_for_a_message(&mut self, position: Position) -> Position {
+        self.reads.send_replace(());
         let read = self.read_on(position, None).await;
         if read > position {
-            self.reads.refund();
+            self.limit.refund();
         }
         read
     }
 
-    /// Returns whether an item of the bus requires a read of the store.
+    /// Returns the time from which a read of the store is useful.
+    ///
+    /// Without followers only the status shows the position. A durable consumer reads for itself at
+    /// this moment, and usually moves the mark of the store to the announced position.
+    fn useful_at(&self) -> Instant {
+        if self.ring.receiver_count() == 0 { after(UNFOLLOWED) } else { Instant::now() }
+    }
+
+    /// Returns the position that an item of the bus announces.
     ///
     /// Any process may have published the item: it is only a hint.
-    fn wakes(&self, item: BusItem, position: Position) -> bool {
+    fn announced(&self, item: BusItem) -> Option<Position> {
         match item {
-            BusItem::Upto(upto) => upto > position,
+            BusItem::Upto(upto) => Some(upto),
             BusItem::Gap => {
                 self.status.send_modify(|status| status.repairs += 1);
-                true
+                Some(UNKNOWN)
             }
         }
     }

@@ -4,7 +4,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use sqlx::postgres::{PgConnection, PgPool};
-use sqlx::{AssertSqlSafe, SqlSafeStr};
+use sqlx::{AssertSqlSafe, SqlSafeStr, SqlStr};
 use uuid::Uuid;
 
 use super::error::transaction_ended;
@@ -35,10 +35,13 @@ const MARKED: &str =
 ///
 /// Clones are handles to the same pool. Any number of projections may share it; each uses one of
 /// its connections during a transaction. Unless the pool is exhausted, the connection then waits
-/// 100 ms for the next transaction, and the pool gets it back at least once a second. All nodes share the read model: one node owns each
-/// projection. A stale owner is fenced at its commit, because the checkpoint has moved since its
-/// last write. The database may be that of the event store; the application manages its own tables
-/// and migrations.
+/// 100 ms for the next transaction, and the pool gets it back at least once a second. A projection
+/// that follows the bus begins its transaction on such a connection while its events are read, at
+/// most 100 ms before `apply`; `now()` is that time.
+///
+/// All nodes share the read model: one node owns each projection. A stale owner is fenced at its
+/// commit, because the checkpoint has moved since its last write. The database may be that of the
+/// event store; the application manages its own tables and migrations.
 ///
 /// `apply` must not end the transaction. If it does, the batch fails.
 ///
@@ -74,6 +77,24 @@ impl PostgresOpen {
         let marked = sqlx::query_scalar(marked).fetch_one(self.transaction.connection()).await;
         marked.map_err(|error| failed(&format!("checking the transaction of {}", self.projection), error))
     }
+}
+
+/// Returns the statements that begin a transaction, which ends after `limit`.
+fn begin(limit: Option<Duration>) -> SqlStr {
+    // One round trip. The server ends a transaction that this process cannot end: its statement
+    // waits for a lock, or its client was cut off. A shorter limit of the application stays.
+    let shorter = |setting: &str, millis: u128| {
+        format!(
+            ", set_config('{setting}', CASE WHEN current_setting('{setting}')::interval > '0' \
+             AND current_setting('{setting}')::interval < '{millis} ms' THEN current_setting('{setting}') \
+             ELSE '{millis}' END, true)"
+        )
+    };
+    let limits = limit.map_or_else(String::new, |limit| {
+        let millis = limit.as_millis().clamp(1, i32::MAX as u128);
+        shorter("statement_timeout", millis) + &shorter("idle_in_transaction_session_timeout", millis)
+    });
+    AssertSqlSafe(format!("BEGIN; SELECT {MARK}{limits}")).into_sql_str()
 }
 
 impl PostgresReadModel {
@@ -242,27 +263,17 @@ impl ReadModel for PostgresReadModel {
         _from: Checkpoint,
         limit: Option<Duration>,
     ) -> Result<PostgresOpen, StoreError> {
-        // One round trip. The server ends a transaction that this process cannot end: its statement
-        // waits for a lock, or its client was cut off. A shorter limit of the application stays.
-        let shorter = |setting: &str, millis: u128| {
-            format!(
-                ", set_config('{setting}', CASE WHEN current_setting('{setting}')::interval > '0' \
-                 AND current_setting('{setting}')::interval < '{millis} ms' THEN current_setting('{setting}') \
-                 ELSE '{millis}' END, true)"
-            )
-        };
-        let limits = limit.map_or_else(String::new, |limit| {
-            let millis = limit.as_millis().clamp(1, i32::MAX as u128);
-            shorter("statement_timeout", millis) + &shorter("idle_in_transaction_session_timeout", millis)
-        });
-        let begin = AssertSqlSafe(format!("BEGIN; SELECT {MARK}{limits}")).into_sql_str();
         let transaction = self
             .shared
             .transactions
-            .begin(begin)
+            .begin(begin(limit))
             .await
             .map_err(|error| failed(&format!("beginning a transaction of {projection}"), error))?;
         Ok(PostgresOpen { transaction, projection: projection.to_owned() })
+    }
+
+    fn will_begin(&self, _projection: &str, limit: Option<Duration>) {
+        self.shared.transactions.begin_ahead(begin(limit));
     }
 
     fn transaction<'a>(&self, open: &'a mut PostgresOpen) -> &'a mut PgConnection {

@@ -141,6 +141,10 @@ impl<R: ReadModel> ReadModel for TimeLimited<R> {
         self.limited(self.inner.begin(projection, from, limit), "beginning a transaction").await
     }
 
+    fn will_begin(&self, projection: &str, limit: Option<Duration>) {
+        self.inner.will_begin(projection, limit);
+    }
+
     fn transaction<'a>(&self, open: &'a mut R::Open) -> &'a mut R::Transaction {
         self.inner.transaction(open)
     }

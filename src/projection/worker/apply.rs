@@ -3,7 +3,6 @@
 use chrono::{DateTime, Utc};
 use tokio::time::Instant;
 
-use super::change::GRACE;
 use super::reading::{Pending, Suspect};
 use super::task::ProjectionTask;
 use super::user_code::{apply, is_outage};
@@ -66,10 +65,8 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
             _ => suspected.min(self.batching.size.get()),
         };
         let transaction_timeout = self.context.options.transaction_timeout;
-        let begun = self
-            .read_model
-            .begin(&self.context.name, saved, Some(transaction_timeout.saturating_add(GRACE)))
-            .await;
+        let begun =
+            self.read_model.begin(&self.context.name, saved, Some(self.context.transaction_limit())).await;
         let mut open = match begun {
             Ok(open) => open,
             Err(error) => {

@@ -16,7 +16,7 @@ use crate::event::{Position, RecordedEvent};
 use crate::feed::{FeedItem, adjacent};
 use crate::projection::interruption::Interruption;
 use crate::projection::layout::Role;
-use crate::projection::{FollowMode, Projection, ReadModel};
+use crate::projection::{FollowMode, Projection, ReadModel, Schedule};
 use crate::store::{LogPage, ReadLog};
 
 impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'_, P, R> {
@@ -117,15 +117,23 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
         else {
             return;
         };
-        let Reading { follower, pending, hold, .. } = &mut **reading;
+        let Reading { follower, pending, hold, matched, .. } = &mut **reading;
         let after = pending.as_ref().map_or(*applied, |pending| pending.upto);
         let until = match hold {
             Some((_, until)) if pending.is_some() => self.tick_at.min(*until),
             _ => self.tick_at,
         };
         let news = Some(&mut self.news);
-        let outcome =
-            wait_for_input(&mut self.inbox, lease.as_mut(), news, Some(until), follower.next(after)).await;
+        let (read_model, context) = (self.read_model, self.context);
+        let applies = *matched && context.options.schedule == Schedule::Immediate;
+        let on_read = || {
+            // The transaction begins while the event is read.
+            if applies {
+                read_model.will_begin(&context.name, Some(context.transaction_limit()));
+            }
+        };
+        let next = follower.next(after, on_read);
+        let outcome = wait_for_input(&mut self.inbox, lease.as_mut(), news, Some(until), next).await;
         if let Some(item) = self.attend(outcome).await {
             self.receive(item);
         }
@@ -179,7 +187,8 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
                 None => break,
             }
         }
-        if events.len() > before {
+        reading.matched = events.len() > before;
+        if reading.matched {
             reading.hold = self.timing.hold(reading.hold, context.options.schedule);
         }
         self.enqueue(events, upto);

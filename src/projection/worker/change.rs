@@ -11,11 +11,6 @@ use crate::store::{CheckpointError, StoreError};
 /// Maximum time for which one node may hold up all others.
 pub(super) const ORDER: Duration = Duration::from_secs(10);
 
-/// Additional time after which the database aborts the transaction.
-///
-/// Later than the local timeout, so that this process reports the cause.
-pub(super) const GRACE: Duration = Duration::from_millis(500);
-
 /// A transaction that affects all tasks of the projection.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Change {

@@ -1,6 +1,7 @@
 //! The constant part of a task.
 
 use std::sync::{Arc, Weak};
+use std::time::Duration;
 
 use ractor::ActorCell;
 use tokio::sync::{OnceCell, watch};
@@ -16,6 +17,11 @@ use crate::projection::layout::{Layout, Role};
 use crate::projection::{ProjectionOptions, ProjectionState, ProjectionStatus};
 use crate::store::{EventStore, Filter, LeaseInfo, ProjectionControl, StoreError};
 use crate::telemetry::Metrics;
+
+/// Additional time after which the database aborts a transaction.
+///
+/// Later than the local timeout, so that this process reports the cause.
+pub(super) const GRACE: Duration = Duration::from_millis(500);
 
 /// Services that the projections of a node share.
 #[derive(Clone)]
@@ -109,6 +115,11 @@ impl TaskConfig {
         let live =
             |info: &LeaseInfo| info.live && abandoned.is_none_or(|seen| seen.expires_at != info.expires_at);
         Ok(leases.iter().any(|info| info.lease.name == order && live(info)))
+    }
+
+    /// Returns the time after which the database ends a transaction of events.
+    pub(super) fn transaction_limit(&self) -> Duration {
+        self.options.transaction_timeout.saturating_add(GRACE)
     }
 
     pub(super) fn set(&self, state: ProjectionState) {

@@ -5,7 +5,8 @@ use std::time::Duration;
 
 use tokio::time::{Instant, timeout};
 
-use super::change::{GRACE, blame, refused, versions_changed};
+use super::change::{blame, refused, versions_changed};
+use super::context::GRACE;
 use super::context::TaskConfig;
 use super::rebuild::{RETRY_PAUSE, RebuildProgress, Switch};
 use super::task::ProjectionTask;

@@ -34,10 +34,12 @@ impl Follower {
     }
 
     /// Returns the next item for a projection that has everything up to `after`. Cancel-safe.
-    pub(super) async fn next(&mut self, after: Position) -> FeedItem {
+    ///
+    /// Calls `on_read` when the store begins to be read for a message.
+    pub(super) async fn next(&mut self, after: Position, on_read: impl Fn()) -> FeedItem {
         match self {
-            Self::Feed(follower) => follower.next().await,
-            Self::Durable(follower) => follower.next(after).await,
+            Self::Feed(follower) => follower.next_announced(on_read).await,
+            Self::Durable(follower) => follower.next(after, on_read).await,
         }
     }
 
@@ -45,7 +47,7 @@ impl Follower {
     pub(super) fn try_next(&mut self, after: Position) -> Option<FeedItem> {
         match self {
             Self::Feed(follower) => follower.try_next(),
-            Self::Durable(_) => self.next(after).now_or_never(),
+            Self::Durable(follower) => follower.next(after, || ()).now_or_never(),
         }
     }
 
@@ -98,7 +100,7 @@ impl DurableFollower {
     }
 
     /// Returns the next item. Cancel-safe: keeps a page that is being read.
-    async fn next(&mut self, after: Position) -> FeedItem {
+    async fn next(&mut self, after: Position, on_read: impl Fn()) -> FeedItem {
         loop {
             if let Some((from, reading)) = &mut self.reading {
                 let (from, page) = (*from, reading.await);
@@ -131,6 +133,7 @@ impl DurableFollower {
                             self.due = Some(due);
                         } else {
                             self.read(after);
+                            on_read();
                         }
                     }
                     Err(_) => return FeedItem::Closed,

@@ -24,6 +24,8 @@ pub(super) struct Reading<F = Follower> {
     /// events.
     pub(super) live_after: Position,
     pub(super) pending: Option<Pending>,
+    /// Whether the last items of the live source had events for this projection.
+    pub(super) matched: bool,
     /// Start and end of the wait of the pending events.
     pub(super) hold: Option<(Instant, Instant)>,
     /// Position of the event in the user's code, if any.
@@ -82,6 +84,7 @@ impl<F> Reading<F> {
             source: Source::store(),
             live_after,
             pending: None,
+            matched: true,
             hold: None,
             applying: None,
             suspect: None,

@@ -9,7 +9,8 @@ use std::time::Duration;
 
 use tokio::time::{Instant, timeout};
 
-use super::change::{Change, GRACE, ORDER, blame, interrupted, refused, versions_changed};
+use super::change::{Change, ORDER, blame, interrupted, refused, versions_changed};
+use super::context::GRACE;
 use super::context::TaskConfig;
 use super::task::ProjectionTask;
 use super::user_code::catch_panic;

@@ -6,6 +6,7 @@ use std::time::Duration;
 use sqlx::SqlStr;
 use sqlx::postgres::{PgConnection, PgPool, Postgres};
 use sqlx_core::transaction::TransactionManager;
+use tokio::task::JoinHandle;
 use tokio::time::{sleep, timeout};
 
 use super::borrowed::{Borrowed, PING};
@@ -19,7 +20,56 @@ const KEEP: Duration = Duration::from_millis(100);
 const LENT: Duration = Duration::from_secs(1);
 
 /// A connection between two transactions; empty once one of its two owners has taken it.
-type Slot = Mutex<Option<Borrowed>>;
+type Slot = Mutex<Option<Kept>>;
+
+/// State of a connection between two transactions.
+#[derive(Debug)]
+enum Kept {
+    Idle(Borrowed),
+    /// The statement `begin` is being sent, or its transaction has begun.
+    Begun {
+        begin: SqlStr,
+        connection: JoinHandle<Option<Borrowed>>,
+    },
+}
+
+impl Kept {
+    fn serves(&self, begin: &SqlStr) -> bool {
+        match self {
+            Self::Idle(_) => true,
+            Self::Begun { begin: begun, .. } => begun.as_str() == begin.as_str(),
+        }
+    }
+
+    /// Returns the connection with an open transaction, if it is alive.
+    async fn begun(self, begin: SqlStr) -> Option<Borrowed> {
+        match self {
+            Self::Idle(connection) => begin_on(connection, begin).await,
+            Self::Begun { connection, .. } => connection.await.ok().flatten(),
+        }
+    }
+
+    async fn give_back(self) {
+        match self {
+            Self::Idle(connection) => connection.give_back(),
+            Self::Begun { connection, .. } => {
+                if let Ok(Some(mut connection)) = connection.await
+                    && let Ok(Ok(())) = timeout(PING, Manager::rollback(&mut connection)).await
+                {
+                    connection.give_back();
+                }
+            }
+        }
+    }
+}
+
+/// Begins a transaction on a kept connection.
+///
+/// A connection that died meanwhile is closed, as by the ping of the pool.
+async fn begin_on(mut connection: Borrowed, begin: SqlStr) -> Option<Borrowed> {
+    let begun = timeout(PING, Manager::begin(&mut connection, Some(begin))).await;
+    matches!(begun, Ok(Ok(()))).then_some(connection)
+}
 
 /// Begins transactions, and keeps the connection of the last one for the next one.
 ///
@@ -44,9 +94,8 @@ impl TransactionPool {
 
     /// Begins a transaction with the statement `begin`.
     pub(crate) async fn begin(&self, begin: SqlStr) -> Result<BorrowedTransaction, sqlx::Error> {
-        if let Some(mut connection) = self.take_kept()
-            // A connection that died meanwhile is closed, as by the ping of the pool.
-            && let Ok(Ok(())) = timeout(PING, Manager::begin(&mut connection, Some(begin.clone()))).await
+        if let Some(kept) = self.take_kept(|kept| kept.serves(&begin))
+            && let Some(connection) = kept.begun(begin.clone()).await
         {
             return Ok(BorrowedTransaction { connection, pool: self.clone() });
         }
@@ -55,14 +104,31 @@ impl TransactionPool {
         Ok(BorrowedTransaction { connection, pool: self.clone() })
     }
 
-    fn take_kept(&self) -> Option<Borrowed> {
+    /// Begins a transaction that the next [`begin`](Self::begin) of the same statement returns.
+    ///
+    /// Only on a kept connection: no other user of the pool waits for it.
+    pub(crate) fn begin_ahead(&self, begin: SqlStr) {
+        let Some(Kept::Idle(connection)) = self.take_kept(|kept| matches!(kept, Kept::Idle(_))) else {
+            return;
+        };
+        let connection = tokio::spawn(begin_on(connection, begin.clone()));
+        self.keep_for_next(Kept::Begun { begin, connection });
+    }
+
+    /// Takes the last kept connection that is suitable.
+    fn take_kept(&self, suitable: impl Fn(&Kept) -> bool) -> Option<Kept> {
         if self.pool.is_closed() {
             return None;
         }
         let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
-        while let Some(slot) = kept.pop() {
-            if let Some(connection) = slot.upgrade().and_then(|slot| take(&slot)) {
-                return Some(connection);
+        kept.retain(|slot| slot.strong_count() > 0);
+        for at in (0..kept.len()).rev() {
+            let taken = kept[at].upgrade().and_then(|slot| {
+                slot.lock().unwrap_or_else(PoisonError::into_inner).take_if(|kept| suitable(kept))
+            });
+            if taken.is_some() {
+                kept.remove(at);
+                return taken;
             }
         }
         None
@@ -75,7 +141,11 @@ impl TransactionPool {
         if exhausted || self.pool.is_closed() || connection.held_for() >= LENT {
             return connection.give_back();
         }
-        let slot = Arc::new(Slot::new(Some(connection)));
+        self.keep_for_next(Kept::Idle(connection));
+    }
+
+    fn keep_for_next(&self, kept: Kept) {
+        let slot = Arc::new(Slot::new(Some(kept)));
         {
             let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
             kept.retain(|slot| slot.strong_count() > 0);
@@ -83,15 +153,12 @@ impl TransactionPool {
         }
         tokio::spawn(async move {
             sleep(KEEP).await;
-            if let Some(connection) = take(&slot) {
-                connection.give_back();
+            let kept = slot.lock().unwrap_or_else(PoisonError::into_inner).take();
+            if let Some(kept) = kept {
+                kept.give_back().await;
             }
         });
     }
-}
-
-fn take(slot: &Slot) -> Option<Borrowed> {
-    slot.lock().unwrap_or_else(PoisonError::into_inner).take()
 }
 
 /// An open transaction on a [`Borrowed`] connection.

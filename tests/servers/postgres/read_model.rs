@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use sqlx::postgres::PgPoolOptions;
 use sqlx::{PgConnection, PgPool};
 use storied::projection::{ApplyError, ProjectionState, ReadModel};
+use storied::store::Checkpoint;
 use storied::{
     AnyEvent, EventStore, ExpectedVersion, MemoryStore, Position, PostgresReadModel, PostgresStore,
     Projection, RecordedEvent, Runtime,
@@ -167,6 +168,71 @@ async fn a_connection_serves_consecutive_transactions() {
         assert_eq!(pool.num_idle(), pool.size() as usize, "the pool got its connection back");
         runtime.shutdown().await.unwrap();
     }
+}
+
+/// What a transaction of the read model knows about itself.
+async fn begun(model: &PostgresReadModel, limit: Option<Duration>) -> (f64, String) {
+    let mut open = model.begin("seen", Checkpoint::default(), limit).await.unwrap();
+    let about =
+        "SELECT extract(epoch FROM clock_timestamp() - now())::float8, current_setting('statement_timeout')";
+    let about = sqlx::query_as(about).fetch_one(model.transaction(&mut open)).await.unwrap();
+    model.commit(open, vec![]).await.unwrap();
+    about
+}
+
+/// A transaction that begins ahead serves the next `begin` alike. If it is not needed, it ends.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_transaction_begins_ahead_on_a_kept_connection() {
+    let tables = PostgresServer::shared().await.create_database().await;
+    let pool = PgPoolOptions::new().max_connections(4).connect(&tables).await.unwrap();
+    let model = PostgresReadModel::new(pool.clone());
+    model.prepare(&(Arc::new(MemoryStore::new()) as Arc<dyn EventStore>)).await.unwrap();
+    let open_transactions = async || -> i64 {
+        let open = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND state LIKE 'idle in%'";
+        sqlx::query_scalar(open).fetch_one(&pool).await.unwrap()
+    };
+    let minute = Some(Duration::from_secs(60));
+    // No connection is kept yet: another user of the pool may need the next one.
+    model.will_begin("seen", minute);
+    tokio::time::sleep(Duration::from_millis(20)).await;
+    assert_eq!(open_transactions().await, 0);
+    assert_eq!(begun(&model, minute).await.1, "1min");
+
+    model.will_begin("seen", minute);
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    assert_eq!(open_transactions().await, 1);
+    let (age, timeout) = begun(&model, minute).await;
+    assert!(age >= 0.04 && timeout == "1min", "{age} s, {timeout}");
+
+    // With another limit: another transaction.
+    model.will_begin("seen", minute);
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    let (age, timeout) = begun(&model, None).await;
+    assert!(age < 0.04 && timeout == "0", "{age} s, {timeout}");
+
+    // The server process is killed before it is used.
+    begun(&model, minute).await;
+    model.will_begin("seen", minute);
+    tokio::time::sleep(Duration::from_millis(20)).await;
+    run(
+        &tables,
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+         WHERE datname = current_database() AND pid <> pg_backend_pid()",
+    )
+    .await;
+    let killed = model.begin("seen", Checkpoint::default(), minute).await;
+    if let Ok(mut open) = killed {
+        let failed = sqlx::query("SELECT 1").execute(model.transaction(&mut open)).await;
+        assert!(failed.is_err_and(|error| ReadModel::is_outage(&model, &error)));
+    }
+
+    // The other killed connections are not kept longer.
+    tokio::time::sleep(Duration::from_millis(400)).await;
+    begun(&model, minute).await;
+    model.will_begin("seen", minute);
+    tokio::time::sleep(Duration::from_millis(400)).await;
+    assert_eq!(pool.num_idle(), pool.size() as usize, "the pool got its connections back");
+    assert_eq!(open_transactions().await, 0);
 }
 
 /// The error of an application, with every way of passing on its causes.
