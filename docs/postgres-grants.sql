@@ -6,7 +6,7 @@
 -- storied.append(), storied.append_known() and storied.append_one(), which run with the rights of
 -- their owner and check their arguments.
 GRANT USAGE ON SCHEMA storied TO shop;
-GRANT SELECT ON storied.events, storied.streams, storied.names, storied.positions, storied.meta TO shop;
+GRANT SELECT ON storied.events, storied.streams, storied.names, storied.correlations, storied.positions, storied.meta TO shop;
 GRANT SELECT ON storied.migrations, storied.read_model_migrations TO shop;
 GRANT EXECUTE ON FUNCTION storied.append, storied.append_known, storied.append_one TO shop;
 GRANT EXECUTE ON FUNCTION storied.number_names TO shop;

@@ -52,6 +52,13 @@ CREATE TABLE storied.events (
 -- (UUIDv7) are inserted at its right end, whatever the stream. A command with many streams or many
 -- events is found as quickly.
 CREATE INDEX events_by_command_id ON storied.events (command_id, stream, version);
+-- The events whose correlation id is not the id of their command: those of nested commands. Beside the
+-- log, so that all other events take no space for it.
+CREATE TABLE storied.correlations (
+    correlation_id uuid   NOT NULL,
+    position       bigint NOT NULL,                              -- position of the event
+    PRIMARY KEY (correlation_id, position)
+);
 -- The table only grows: without this setting, the visibility map would lag far behind.
 ALTER TABLE storied.events SET (autovacuum_vacuum_insert_scale_factor = 0.05);
 
@@ -209,6 +216,7 @@ CREATE FUNCTION storied.append(
     event_payload    bytea[],
     event_metadata   bytea[],
     settle           boolean DEFAULT false, -- whether to return storied.settled(), if the call has a single event
+    event_correlation uuid[] DEFAULT NULL,  -- correlation ids, each null if it is the id of the command; null: all are
     OUT streams   bigint[],            -- for each part: number of the stream, null if it does not exist; null if known_server is another one: nothing was done
     OUT versions  bigint[],            -- for each part: version of the stream before the append, or the one that refused it
     OUT lost      boolean[],           -- for each part: met its expectation, but another transaction came first; null if none did
@@ -423,6 +431,14 @@ BEGIN
             ORDER BY streams[i.part], i.n;
         END IF;
     END IF;
+    IF event_correlation IS NOT NULL THEN
+        INSERT INTO storied.correlations (correlation_id, position)
+        SELECT i.correlation, i.position
+        FROM unnest(event_correlation, positions, event_id) AS i (correlation, position, id)
+        WHERE i.correlation IS NOT NULL AND i.id = (
+            SELECT e.id FROM storied.events AS e
+            WHERE e.position >= i.position AND e.position <= i.position ORDER BY e.position LIMIT 1);
+    END IF;
     guard := set_config('storied_log.appending', 'off', true);
     transaction_id := pg_current_xact_id_if_assigned()::text;
     IF settle AND events = 1 AND lost IS NULL THEN
@@ -449,7 +465,8 @@ CREATE FUNCTION storied.append_known(
     event_id         uuid[],
     event_command_id uuid[],
     event_payload    bytea[],
-    event_metadata   bytea[]
+    event_metadata   bytea[],
+    event_correlation uuid[] DEFAULT NULL -- as in storied.append
 ) RETURNS bigint[]                     -- position of each event
 LANGUAGE plpgsql VOLATILE SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
@@ -507,6 +524,11 @@ BEGIN
         END IF;
         positions := NULL;
     END;
+    IF event_correlation IS NOT NULL AND positions IS NOT NULL THEN
+        INSERT INTO storied.correlations (correlation_id, position)
+        SELECT i.correlation, i.position FROM unnest(event_correlation, positions) AS i (correlation, position)
+        WHERE i.correlation IS NOT NULL;
+    END IF;
     guard := set_config('storied_log.appending', 'off', true);
     RETURN positions;
 END $$;
@@ -531,7 +553,8 @@ CREATE FUNCTION storied.append_one(
     event_command_id uuid,
     event_payload    bytea,
     event_metadata   bytea,
-    settle           boolean           -- whether to add storied.settled()
+    settle           boolean,          -- whether to add storied.settled()
+    event_correlation uuid DEFAULT NULL -- null if it is the id of the command
 ) RETURNS bigint[]                     -- number of the stream and position of the event, then the values of storied.settled()
 LANGUAGE plpgsql VOLATILE SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
@@ -590,6 +613,9 @@ BEGIN
     VALUES (drawn, event_expected + 1, event_stream,
         event_id, event_command_id, event_category, event_name, event_payload, event_metadata)
     RETURNING target.recorded_at INTO recorded;
+    IF event_correlation IS NOT NULL THEN
+        INSERT INTO storied.correlations (correlation_id, position) VALUES (event_correlation, drawn);
+    END IF;
     guard := set_config('storied_log.appending', 'off', true);
 
     RETURN ARRAY[event_stream, drawn] || CASE WHEN settle THEN storied.settled(drawn, recorded) END;
@@ -706,6 +732,8 @@ CREATE TRIGGER events_stay BEFORE UPDATE OR DELETE OR TRUNCATE ON storied.events
 CREATE TRIGGER names_stay BEFORE UPDATE OR DELETE OR TRUNCATE ON storied.names
     FOR EACH STATEMENT EXECUTE FUNCTION storied.refuse_change();
 CREATE TRIGGER streams_stay BEFORE UPDATE OR DELETE OR TRUNCATE ON storied.streams
+    FOR EACH STATEMENT EXECUTE FUNCTION storied.refuse_change();
+CREATE TRIGGER correlations_stay BEFORE UPDATE OR DELETE OR TRUNCATE ON storied.correlations
     FOR EACH STATEMENT EXECUTE FUNCTION storied.refuse_change();
 
 -- What operators control of projections, on every node.

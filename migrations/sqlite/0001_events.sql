@@ -36,12 +36,16 @@ CREATE TABLE storied_events (
     command_id  BLOB    NOT NULL,             -- UUID, 16 bytes
     payload     BLOB    NOT NULL,             -- encoded with the codec of storied_meta
     metadata    BLOB    NOT NULL,             -- CBOR
+    correlation_id BLOB,                      -- UUID, 16 bytes; NULL if it is the id of the command
     UNIQUE (stream, version)
 ) STRICT;
 
 -- Finds the events of a command in a stream, for the life of the log. The versions of a stream have
 -- the order of the positions, which end each entry.
 CREATE INDEX storied_events_by_command ON storied_events (command_id, stream);
+
+-- Finds the events of nested commands; the position ends each entry.
+CREATE INDEX storied_events_by_correlation ON storied_events (correlation_id) WHERE correlation_id IS NOT NULL;
 
 -- The log in clear, for tools and dumps.
 CREATE VIEW storied_log AS

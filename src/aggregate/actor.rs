@@ -338,6 +338,7 @@ impl<A: Aggregate> AggregateActor<A> {
                 name,
                 payload,
                 command_id: order.command_id,
+                correlation_id: order.metadata.correlation_id,
                 metadata: metadata.clone(),
             });
         }

@@ -22,6 +22,7 @@ impl NewEvent {
             name,
             payload,
             command_id: Uuid::now_v7(),
+            correlation_id: metadata.correlation_id,
             metadata: metadata.encode()?,
         })
     }

@@ -24,8 +24,17 @@ pub struct NewEvent {
     ///
     /// Stored beside the metadata, so that folding does not decode these.
     pub command_id: Uuid,
+    /// [Correlation id](super::Metadata::correlation_id) in the metadata, for the index of the store.
+    pub correlation_id: Option<Uuid>,
     /// Encoded [`Metadata`](super::Metadata).
     pub metadata: Bytes,
+}
+
+impl NewEvent {
+    /// Returns the correlation id, unless it is the id of the command.
+    pub(crate) fn own_correlation(&self) -> Option<Uuid> {
+        self.correlation_id.filter(|id| *id != self.command_id)
+    }
 }
 
 /// An event in the log.

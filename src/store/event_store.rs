@@ -223,6 +223,36 @@ pub trait EventStore: Send + Sync + 'static {
         command: Uuid,
     ) -> BoxFuture<'a, Result<Option<CommandEvents>, StoreError>>;
 
+    /// Returns events of a command, or with this correlation id, in log order.
+    ///
+    /// At most `limit` of those after `after`, up to the high-water mark; none if there are no more. A
+    /// nested command passes the [correlation id](crate::Metadata::correlation_id) on, so these are
+    /// the events that a command has caused. The default scans the log.
+    fn correlated(
+        &self,
+        id: Uuid,
+        after: Position,
+        limit: usize,
+    ) -> BoxFuture<'_, Result<Vec<RecordedEvent>, StoreError>> {
+        let correlates = move |event: &RecordedEvent| {
+            let correlation = || event.decode_metadata().ok().and_then(|metadata| metadata.correlation_id);
+            event.command_id == id || correlation() == Some(id)
+        };
+        Box::pin(async move {
+            let (mut found, mut after) = (Vec::new(), after);
+            while found.len() < limit {
+                let page = self.read_log(ReadLog::after(after)).await?;
+                let (left, has_more) = (limit - found.len(), page.has_more() && page.scanned_to > after);
+                after = page.scanned_to;
+                found.extend(page.events.into_iter().filter(correlates).take(left));
+                if !has_more {
+                    break;
+                }
+            }
+            Ok(found)
+        })
+    }
+
     /// Returns the record of the command with this id, if it exists and was not deleted.
     fn command(&self, id: Uuid) -> BoxFuture<'_, Result<Option<CommandRecord>, StoreError>>;
 

@@ -381,6 +381,16 @@ impl EventStore for PostgresStore {
         self.call("looking up the events of a command", find)
     }
 
+    fn correlated(
+        &self,
+        id: Uuid,
+        after: Position,
+        limit: usize,
+    ) -> BoxFuture<'_, Result<Vec<RecordedEvent>, StoreError>> {
+        let find = read::correlated(&self.shared.core, id, after, limit);
+        self.call("looking up what a command caused", find)
+    }
+
     fn adopt(&self, adopt: Adopt) -> BoxFuture<'_, Result<Uuid, StoreError>> {
         self.call(adopt::ADOPTING, adopt::adopt(&self.shared.core, adopt))
     }

@@ -362,6 +362,16 @@ impl EventStore for SqliteStore {
         Box::pin(read::command_events(&self.shared.readers, stream, command))
     }
 
+    fn correlated(
+        &self,
+        id: Uuid,
+        after: Position,
+        limit: usize,
+    ) -> BoxFuture<'_, Result<Vec<RecordedEvent>, StoreError>> {
+        let Shared { readers, page_sizer, numbers, info, .. } = &*self.shared;
+        Box::pin(read::correlated(readers, page_sizer, numbers, info.codec, id, after, limit))
+    }
+
     fn command(&self, id: Uuid) -> BoxFuture<'_, Result<Option<CommandRecord>, StoreError>> {
         on_reader!(self, "reading a command record", reader => command_records::command(reader, id))
     }

@@ -148,7 +148,8 @@ macro_rules! event_store_suite {
                 one_of_many_rivals_records_a_command,
                 many_commands_are_recorded_at_once,
                 old_records_are_forgotten,
-                events_of_a_command_are_found;
+                events_of_a_command_are_found,
+                events_are_found_by_their_correlation;
             oracle:
                 rivals_on_one_stream_leave_no_gap,
                 followers_see_exactly_the_log,

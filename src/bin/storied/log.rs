@@ -3,8 +3,10 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
+use storied::store::LogPage;
 use storied::{EventStore, Filter, Position, ReadLog, RecordedEvent};
 use tokio::time::sleep;
+use uuid::Uuid;
 
 use crate::database::DatabaseArgs;
 use crate::decode;
@@ -31,6 +33,10 @@ pub(crate) enum Command {
 pub(crate) struct Show {
     #[command(flatten)]
     filter: FilterArgs,
+
+    /// Only events of this command or with this correlation id: what a command has caused
+    #[arg(long, value_name = "ID")]
+    correlation: Option<Uuid>,
 
     /// First position
     #[arg(long, default_value_t = 1, value_name = "POSITION")]
@@ -94,10 +100,14 @@ async fn show(store: &dyn EventStore, args: Show, out: &mut Output) -> Result<()
     let limit = if args.events.limit == 0 { usize::MAX } else { args.events.limit };
     let mut after = Position::new(args.from.saturating_sub(1));
     while after < end && printer.printed < limit {
-        let read =
-            ReadLog::after(after).upto(end).filter(filter.clone()).limit(PAGE.min(limit - printer.printed));
-        let page = store.read_log(read).await?;
-        for event in &page.events {
+        let size = PAGE.min(limit - printer.printed);
+        let page = match args.correlation {
+            Some(id) => correlated(store, id, after, end, size).await?,
+            None => {
+                store.read_log(ReadLog::after(after).upto(end).filter(filter.clone()).limit(size)).await?
+            }
+        };
+        for event in page.events.iter().filter(|event| filter.matches(event)) {
             printer.print(event, out)?;
         }
         // The log may end with a gap after the last event.
@@ -113,14 +123,28 @@ async fn show(store: &dyn EventStore, args: Show, out: &mut Output) -> Result<()
         ))?;
     }
     if printer.printed == 0 {
-        note_no_match(&args.filter, end);
+        note_no_match(args.filter.is_empty() && args.correlation.is_none(), end);
     }
     printer.end()
 }
 
+/// Reads a page of the events of a command or with a correlation id.
+async fn correlated(
+    store: &dyn EventStore,
+    id: Uuid,
+    after: Position,
+    end: Position,
+    size: usize,
+) -> Result<LogPage, Failure> {
+    let mut events = store.correlated(id, after, size).await?;
+    let scanned_to = events.last().map_or(end, |last| last.position);
+    events.retain(|event| event.position <= end);
+    Ok(LogPage { events, scanned_to, head: end })
+}
+
 /// Reports on standard error why no event is printed.
-fn note_no_match(filter: &FilterArgs, end: Position) {
-    match filter.is_empty() {
+fn note_no_match(everything: bool, end: Position) {
+    match everything {
         true => terminal::print_error("no event in that part of the log\n"),
         false => terminal::print_error(&format!("no event up to position {end} matches the filter\n")),
     }
@@ -144,7 +168,7 @@ async fn tail(store: &dyn EventStore, args: Tail, out: &mut Output) -> Result<()
         }
     };
     if printer.printed == 0 && args.from.is_none() && args.last > 0 && !args.filter.is_empty() {
-        note_no_match(&args.filter, head);
+        note_no_match(false, head);
     }
     out.flush()?;
     while printer.printed < limit {

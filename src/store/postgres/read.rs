@@ -137,6 +137,36 @@ pub(super) async fn event_id_at(core: &Arc<PgInner>, position: Position) -> Resu
     Ok(id)
 }
 
+/// Returns the events of a command, or with a correlation id, up to the current mark.
+pub(super) async fn correlated(
+    core: &Arc<PgInner>,
+    id: Uuid,
+    after: Position,
+    limit: usize,
+) -> Result<Vec<RecordedEvent>, StoreError> {
+    const DOING: &str = "looking up what a command caused";
+    let head = core.high_water_mark.refresh(&core.connections, &core.sql).await?;
+    let mut session = core.connections.get(DOING).await?;
+    let rows = sqlx::query(core.sql.correlated.clone())
+        .bind(id)
+        .bind(to_sql(after.get()))
+        .bind(to_sql(head.get()))
+        .bind(i64::try_from(core.page_sizer.events(limit)).unwrap_or(i64::MAX))
+        .persistent(core.connections.persistent())
+        .fetch_all(&mut *session)
+        .await
+        .map_err(|error| failed(DOING, error))?;
+    session.finish(DOING).await?;
+    let mut decoder = Decoder::new(DOING, core.info.codec)?;
+    let mut found = NumberedEvents::default();
+    for row in &rows {
+        let (event, numbers) = decoder.of_log(row)?;
+        found.events.push(event);
+        found.numbers.push(numbers);
+    }
+    resolve(core, DOING, found).await
+}
+
 async fn page(core: &Arc<PgInner>, read: &ReadLog, head: Position) -> Result<LogPage, StoreError> {
     let mut page = LogPage { events: Vec::new(), scanned_to: read.after, head };
     let end = read.upto.map_or(head, |upto| upto.min(head));

@@ -63,9 +63,9 @@ statements! {
     /// not see the locks of the primary (I1).
     LogSql {
         append: "SELECT streams, versions, lost, positions, transaction_id, settled
-            FROM storied.append($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16)",
-        append_known: "SELECT storied.append_known($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11)",
-        append_one: "SELECT storied.append_one($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12)",
+            FROM storied.append($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17)",
+        append_known: "SELECT storied.append_known($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12)",
+        append_one: "SELECT storied.append_one($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13)",
         number_names: "SELECT numbers, server FROM storied.number_names($1)",
         // Ranges with an order leave PostgreSQL no other plan.
         names: "SELECT n.number, n.name FROM unnest($1::integer[]) AS wanted (number) CROSS JOIN LATERAL (
@@ -138,6 +138,29 @@ statements! {
                     WHERE (name, position) > (wanted.number, $1) AND (name, position) <= (wanted.number, $2)
                     ORDER BY name, position LIMIT $3) AS i
                 ORDER BY i.position LIMIT $3
+            ) AS found CROSS JOIN LATERAL (
+                SELECT position, version, name, id, command_id, payload, metadata, recorded_at, stream
+                FROM storied.events WHERE position >= found.position AND position <= found.position
+                ORDER BY position LIMIT 1
+            ) AS e
+            WHERE (SELECT pg_current_wal_lsn()) IS NOT NULL ORDER BY found.position",
+        // The events of command $1 have no order by position: they are few. Each part has one possible
+        // index, as in `by_name`.
+        correlated: "SELECT e.*
+            FROM (
+                SELECT f.position FROM (
+                    SELECT c.position FROM (
+                        SELECT position FROM storied.events
+                        WHERE (command_id, stream, version) >= ($1, -9223372036854775808, 0)
+                            AND (command_id, stream, version) <= ($1, 9223372036854775807, 9223372036854775807)
+                        ORDER BY command_id, stream, version OFFSET 0) AS c
+                    WHERE c.position > $2 AND c.position <= $3
+                    UNION ALL
+                    SELECT i.position FROM (
+                        SELECT position FROM storied.correlations
+                        WHERE (correlation_id, position) > ($1, $2) AND (correlation_id, position) <= ($1, $3)
+                        ORDER BY correlation_id, position LIMIT $4) AS i
+                ) AS f ORDER BY f.position LIMIT $4
             ) AS found CROSS JOIN LATERAL (
                 SELECT position, version, name, id, command_id, payload, metadata, recorded_at, stream
                 FROM storied.events WHERE position >= found.position AND position <= found.position

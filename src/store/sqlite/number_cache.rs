@@ -230,6 +230,7 @@ mod tests {
             name: EventName::new("order.placed").unwrap(),
             payload: Bytes::new(),
             command_id: Uuid::now_v7(),
+            correlation_id: None,
             metadata: Bytes::new(),
         };
         Append::one(StreamId::new("order", id).unwrap(), expected, vec![event])

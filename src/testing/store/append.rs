@@ -249,6 +249,7 @@ pub async fn everything_of_an_event_comes_back(database: Database) {
             name: name(&format!("order.kind_{i}-x")),
             payload: payload.clone(),
             command_id: Uuid::new_v4(),
+            correlation_id: None,
             metadata: payloads[payloads.len() - 1 - i].clone(),
         })
         .collect();

@@ -1,5 +1,6 @@
 //! Records of commands, and the events that commands caused.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -7,9 +8,9 @@ use chrono::DateTime;
 use uuid::Uuid;
 
 use super::Database;
-use super::fixture::{append_one, events, fill, stream};
-use crate::event::{StreamId, Version};
-use crate::store::{Append, CommandEvents, CommandRecord, EventStore, ExpectedVersion};
+use super::fixture::{append_one, events, fill, ids, recorded_ids, stream};
+use crate::event::{Metadata, NewEvent, Position, StreamId, Version};
+use crate::store::{Append, CommandEvents, CommandRecord, EventStore, ExpectedVersion, StreamAppend};
 
 fn record(id: Uuid, outcome: &'static [u8]) -> CommandRecord {
     CommandRecord {
@@ -159,4 +160,92 @@ pub async fn events_of_a_command_are_found(database: Database) {
     let later = commanded(&*store, stream, *id, 2).await;
     let all = CommandEvents { first: before.first, ..later };
     assert_eq!(store.command_events(stream, *id).await.unwrap(), Some(all));
+}
+
+/// Returns events with metadata, all of `command` and with `correlation`.
+fn correlated(command: Uuid, correlation: Uuid, count: usize) -> Vec<NewEvent> {
+    let metadata = Metadata { correlation_id: Some(correlation), ..Metadata::default() }.encode().unwrap();
+    let correlated = |event| NewEvent {
+        command_id: command,
+        correlation_id: Some(correlation),
+        metadata: metadata.clone(),
+        ..event
+    };
+    events(count).into_iter().map(correlated).collect()
+}
+
+/// Checks that the events of a command and of its nested commands are found by its id.
+pub async fn events_are_found_by_their_correlation(database: Database) {
+    let store = database.open().await;
+    let (trigger, nested) = (Uuid::now_v7(), Uuid::now_v7());
+    let mut expected = Vec::new();
+    fill(&*store, &stream("a"), 1).await;
+    let mut append = async |id: &str, expected_version, events: Vec<NewEvent>| {
+        let wanted = ids(&events);
+        let appended = append_one(&*store, Append::one(stream(id), expected_version, events)).await;
+        if appended.is_ok() {
+            expected.extend(wanted);
+        }
+        fill(&*store, &stream("between"), 1).await;
+        appended
+    };
+    // The command itself, with and without its id as the correlation id.
+    append("a", ExpectedVersion::Any, correlated(trigger, trigger, 1)).await.unwrap();
+    let mut plain = events(1);
+    plain[0].command_id = trigger;
+    append("b", ExpectedVersion::NoStream, plain).await.unwrap();
+    // Nested commands: to a new stream, to a known one, and several events.
+    append("c", ExpectedVersion::NoStream, correlated(nested, trigger, 1)).await.unwrap();
+    append("c", ExpectedVersion::Exact(Version::new(1)), correlated(nested, trigger, 1)).await.unwrap();
+    append("c", ExpectedVersion::Exact(Version::new(2)), correlated(nested, trigger, 3)).await.unwrap();
+    append("d", ExpectedVersion::Any, correlated(Uuid::now_v7(), trigger, 2)).await.unwrap();
+    // A refused append leaves no trace.
+    append("c", ExpectedVersion::NoStream, correlated(nested, trigger, 2)).await.unwrap_err();
+    append("c", ExpectedVersion::Exact(Version::new(3)), correlated(nested, trigger, 1)).await.unwrap_err();
+    // A batch of which one append is refused, one is without a correlation and one has two streams.
+    let several = correlated(Uuid::now_v7(), trigger, 3);
+    let [first, second, third] = [0, 1, 2].map(|n| vec![several[n].clone()]);
+    let batch = vec![
+        Append::one(stream("c"), ExpectedVersion::NoStream, correlated(nested, trigger, 1)),
+        Append::one(stream("e"), ExpectedVersion::NoStream, first),
+        Append::one(stream("f"), ExpectedVersion::NoStream, events(2)),
+        Append::all(vec![
+            StreamAppend { stream: stream("g"), expected: ExpectedVersion::NoStream, events: second },
+            StreamAppend { stream: stream("h"), expected: ExpectedVersion::NoStream, events: third },
+        ]),
+    ];
+    let outcomes = store.append(batch).await;
+    assert_eq!(outcomes.iter().map(Result::is_ok).collect::<Vec<_>>(), [false, true, true, true]);
+    let in_batch: Vec<Uuid> = ids(&several);
+    // A batch of one-event appends to known streams.
+    let known = correlated(Uuid::now_v7(), trigger, 2);
+    let batch = vec![
+        Append::one(stream("e"), ExpectedVersion::Exact(Version::new(1)), vec![known[0].clone()]),
+        Append::one(stream("g"), ExpectedVersion::Exact(Version::new(1)), vec![known[1].clone()]),
+        Append::one(stream("f"), ExpectedVersion::Exact(Version::new(2)), events(1)),
+    ];
+    assert!(store.append(batch).await.iter().all(Result::is_ok));
+    let other = database.open().await;
+    for store in [&store, &other] {
+        let found = store.correlated(trigger, Position::START, 100).await.unwrap();
+        assert!(found.is_sorted_by(|a, b| a.position < b.position));
+        assert_eq!(recorded_ids(&found)[..expected.len()], expected);
+        let rest: BTreeSet<Uuid> = found[expected.len()..].iter().map(|event| event.id).collect();
+        assert_eq!(rest, in_batch.iter().copied().chain(ids(&known)).collect());
+        assert_eq!(found[2].stream, stream("c"));
+        assert_eq!(found[2].decode_metadata().unwrap().correlation_id, Some(trigger));
+        // In pages.
+        let mut pages = Vec::new();
+        while let page @ [.., last] =
+            &store.correlated(trigger, pages.last().map_or(Position::START, |(at, _)| *at), 2).await.unwrap()
+                [..]
+        {
+            assert!(page.len() <= 2 && last.position > Position::START);
+            pages.extend(page.iter().map(|event| (event.position, event.id)));
+        }
+        assert_eq!(pages.iter().map(|(_, id)| *id).collect::<Vec<_>>(), recorded_ids(&found));
+        // A nested command by itself.
+        assert_eq!(store.correlated(nested, Position::START, 100).await.unwrap().len(), 5);
+        assert!(store.correlated(Uuid::now_v7(), Position::START, 100).await.unwrap().is_empty());
+    }
 }

@@ -27,6 +27,7 @@ pub(super) fn event(event_name: &str) -> NewEvent {
         name: name(event_name),
         payload: Bytes::copy_from_slice(id.as_bytes()),
         command_id: Uuid::now_v7(),
+        correlation_id: None,
         metadata: Bytes::from_static(&[0xa0]),
     }
 }

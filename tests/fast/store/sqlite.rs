@@ -55,6 +55,7 @@ fn event(name: &str) -> NewEvent {
         name: EventName::new(name).unwrap(),
         payload: Bytes::from_static(b"\xf6"),
         command_id: Uuid::now_v7(),
+        correlation_id: None,
         metadata: Bytes::from_static(b"\xa0"),
     }
 }
@@ -376,7 +377,7 @@ async fn unreadable_rows_are_an_error() {
         .await
         .execute(
             "INSERT INTO storied_names VALUES (99, 'no name!');
-             INSERT INTO storied_events VALUES (2, 1, 2, 1, 99, 0, randomblob(16), randomblob(16), x'', x'');",
+             INSERT INTO storied_events VALUES (2, 1, 2, 1, 99, 0, randomblob(16), randomblob(16), x'', x'', NULL);",
         )
         .await
         .unwrap();

@@ -6,9 +6,10 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use serde_json::json;
-use storied::{NewEvent, PostgresOptions};
+use storied::{Metadata, NewEvent, PostgresOptions};
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::time::timeout;
+use uuid::Uuid;
 
 use crate::cli::program::*;
 use crate::support::PostgresServer;
@@ -183,6 +184,38 @@ async fn the_log_is_shown_and_filtered() {
         for wrong in [["--stream", "order"], ["--name", "a b"], ["--from", "x"]] {
             fixture.run(&[&["log", "show"], &wrong[..]].concat()).await.code(2);
         }
+    }
+}
+
+/// What a command has caused: its own events, and those of its nested commands.
+#[tokio::test]
+async fn the_events_of_a_correlation_are_shown() {
+    for (fixture, store) in filled().await {
+        let command = Uuid::now_v7();
+        let mut metadata = Metadata::default();
+        metadata.correlation_id = Some(command);
+        for (stream, nested) in [("7", false), ("8", true), ("9", true)] {
+            let encoded = NewEvent::encode(&placed(1), store.info().codec, &metadata).unwrap();
+            let command_id = if nested { Uuid::now_v7() } else { command };
+            append_raw(&store, stream, vec![NewEvent { command_id, ..encoded }]).await;
+            append(&store, stream, &[placed(2)]).await;
+        }
+        let id = command.to_string();
+        let positions = async |args: &[&str]| {
+            let show = ["log", "show", "--json", "--correlation", &id];
+            let run = fixture.run(&[&show, args].concat()).await.code(0);
+            run.lines().iter().map(|event| event["position"].as_u64().unwrap()).collect::<Vec<_>>()
+        };
+        assert_eq!(positions(&[]).await, [6, 8, 10]);
+        assert_eq!(positions(&["--from", "7", "--to", "9"]).await, [8]);
+        assert_eq!(positions(&["--limit", "2"]).await, [6, 8]);
+        assert_eq!(positions(&["--stream", "order/9"]).await, [10]);
+        let limited = fixture.run(&["log", "show", "--correlation", &id, "--limit", "2"]).await.code(0);
+        limited.shows(&["the limit of 2 events", "--from 9"]);
+        let unknown = Uuid::now_v7().to_string();
+        let none = fixture.run(&["log", "show", "--correlation", &unknown]).await.code(0);
+        none.complains(&["matches the filter"]);
+        fixture.run(&["log", "show", "--correlation", "7"]).await.code(2);
     }
 }
 

@@ -29,11 +29,11 @@ const STATEMENTS: [&str; 3] = [
 ];
 
 /// Tables that grow with the log. The others have a row for each projection or lease.
-const LARGE: [&str; 5] = ["events", "streams", "commands", "snapshots", "parked"];
+const LARGE: [&str; 6] = ["events", "streams", "correlations", "commands", "snapshots", "parked"];
 
 /// The worst possible statistics.
 const LIES: [(&str, &str); 7] = [
-    ("the tables are empty", "VACUUM (ANALYZE) storied.events, storied.streams, storied.commands, storied.snapshots, storied.parked"),
+    ("the tables are empty", "VACUUM (ANALYZE) storied.events, storied.streams, storied.correlations, storied.commands, storied.snapshots, storied.parked"),
     ("nothing is known", "SELECT 1"),
     (
         "no rows on many pages",
@@ -54,7 +54,7 @@ const LIES: [(&str, &str); 7] = [
     ),
     (
         "every value is the same",
-        "ANALYZE storied.events, storied.streams, storied.commands, storied.snapshots, storied.parked;
+        "ANALYZE storied.events, storied.streams, storied.correlations, storied.commands, storied.snapshots, storied.parked;
          UPDATE pg_statistic SET stadistinct = 1, stakind1 = 0, stakind2 = 0, stakind3 = 0, stakind4 = 0, stakind5 = 0
          WHERE starelid IN (SELECT oid FROM pg_class WHERE relnamespace = 'storied'::regnamespace)",
     ),
@@ -92,6 +92,17 @@ async fn use_everything(url: &str, store: &PostgresStore, way: Way, many_first: 
     append(store, &stream("a"), exact(1), events(1)).await.unwrap();
     append(store, &stream("a"), exact(0), events(2)).await.unwrap_err();
     append(store, &stream("a"), ExpectedVersion::Any, events(3)).await.unwrap();
+    // Events of nested commands, by each of the functions.
+    let cause = Uuid::now_v7();
+    let nested = |count| {
+        let mut nested = events(count);
+        nested.iter_mut().for_each(|event| event.correlation_id = Some(cause));
+        nested
+    };
+    append(store, &stream("n"), ExpectedVersion::NoStream, nested(1)).await.unwrap();
+    append(store, &stream("n"), exact(1), nested(1)).await.unwrap();
+    append(store, &stream("n"), exact(2), nested(2)).await.unwrap();
+    append(store, &stream("n"), ExpectedVersion::Any, nested(2)).await.unwrap();
     let part = |id, expected| StreamAppend { stream: stream(id), expected, events: events(2) };
     let two = storied::store::Append::all(vec![
         part("a", ExpectedVersion::StreamExists),
@@ -144,6 +155,9 @@ async fn use_everything(url: &str, store: &PostgresStore, way: Way, many_first: 
 
     store.command_events(&recorded.stream, recorded.command_id).await.unwrap().unwrap();
     assert_eq!(store.command_events(&recorded.stream, Uuid::now_v7()).await.unwrap(), None);
+    for (id, count) in [(recorded.command_id, 1), (cause, 6), (Uuid::now_v7(), 0)] {
+        assert_eq!(store.correlated(id, Position::START, 10).await.unwrap().len(), count);
+    }
 
     let snapshot = Snapshot { version: Version::new(1), revision: 1, state: Bytes::from_static(b"x") };
     store.save_snapshot(&stream("a"), snapshot).await.unwrap();
@@ -224,6 +238,7 @@ fn wrong(scan: &str) -> Option<&'static str> {
         "storied_events_version" => "stream",
         "events_by_name" => "name",
         "events_by_command_id" => "command_id",
+        "correlations_pkey" => "correlation_id",
         "streams_pkey" => "number",
         "streams_stream_id_category_key" => "stream_id",
         "commands_pkey" => "id",
@@ -244,6 +259,9 @@ fn meant(query: &str, scan: &str) -> bool {
     let index = |name: &str| scan.contains(&format!("using {name} "));
     if by_name && scan.contains("(ROW(") {
         return index("events_by_name");
+    }
+    if query.contains(".correlations WHERE") && scan.contains("(ROW(") {
+        return index("events_by_command_id");
     }
     // By the text of the statement, not by the choice of the planner.
     if ["streams[", "p.stream ", "i.stream ", "(SELECT"]

@@ -84,7 +84,7 @@ async fn nothing_else_is_granted() {
     for (role, expected) in [
         (
             "shop",
-            "checkpoints INSERT SELECT UPDATE, commands DELETE INSERT SELECT, controls INSERT SELECT UPDATE, events SELECT, \
+            "checkpoints INSERT SELECT UPDATE, commands DELETE INSERT SELECT, controls INSERT SELECT UPDATE, correlations SELECT, events SELECT, \
              leases INSERT SELECT UPDATE, meta SELECT, migrations SELECT, names SELECT, parked DELETE INSERT SELECT UPDATE, \
              positions SELECT, projections INSERT SELECT UPDATE, publisher INSERT SELECT UPDATE, \
              read_model_migrations SELECT, requests DELETE INSERT SELECT UPDATE, snapshots INSERT SELECT UPDATE, \
@@ -93,7 +93,7 @@ async fn nothing_else_is_granted() {
         ),
         (
             "shop_reader",
-            "checkpoints SELECT, commands SELECT, controls SELECT, events SELECT, leases SELECT, meta SELECT, \
+            "checkpoints SELECT, commands SELECT, controls SELECT, correlations SELECT, events SELECT, leases SELECT, meta SELECT, \
              migrations SELECT, names SELECT, parked SELECT, positions SELECT, projections SELECT, publisher SELECT, \
              read_model_migrations SELECT, requests SELECT, snapshots SELECT, streams SELECT; \
              high_water_mark, server, stream_number",

@@ -23,6 +23,7 @@ pub fn event() -> NewEvent {
         name: EventName::new("order.placed").unwrap(),
         payload: Bytes::copy_from_slice(id.as_bytes()),
         command_id: Uuid::now_v7(),
+        correlation_id: None,
         metadata: Bytes::from_static(&[0xa0]),
     }
 }

@@ -5,7 +5,7 @@ use super::super::convert::{from_sql, to_sql};
 use super::super::inner::PgInner;
 use super::super::numbers::SeenEvent;
 use super::reply::Reply;
-use super::seen::{distinct, seen_before};
+use super::seen::{correlations, distinct, seen_before};
 use crate::event::{Position, Version};
 use crate::store::{Append, Appended};
 
@@ -68,6 +68,7 @@ pub(super) async fn execute_known(
         .bind(events().map(|event| event.command_id).collect::<Vec<_>>())
         .bind(events().map(|event| &*event.payload).collect::<Vec<&[u8]>>())
         .bind(events().map(|event| &*event.metadata).collect::<Vec<&[u8]>>())
+        .bind(correlations(events()))
         .persistent(core.connections.persistent())
         .fetch_one(&mut **session)
         .await?;

@@ -7,7 +7,7 @@ use super::super::convert::to_sql;
 use super::super::inner::PgInner;
 use super::one::{settled, single};
 use super::reply::Reply;
-use super::seen::{distinct, exact, seen_before};
+use super::seen::{correlations, distinct, exact, seen_before};
 use crate::store::{Append, ExpectedVersion, StreamAppend};
 
 /// The arguments of `storied.append()` that depend on what this process has seen.
@@ -75,6 +75,7 @@ pub(super) async fn execute_many(
         .bind(events().map(|event| &*event.metadata).collect::<Vec<&[u8]>>())
         // Behind a pooler, the same connection may lead to another server.
         .bind(!core.connections.appends_in_transactions() && core.high_water_mark.can_skip_query())
+        .bind(correlations(events()))
         .persistent(core.connections.persistent())
         .fetch_one(&mut **session)
         .await?;

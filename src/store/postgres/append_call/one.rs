@@ -50,6 +50,7 @@ pub(super) async fn execute_one(
         .bind(&*event.payload)
         .bind(&*event.metadata)
         .bind(core.high_water_mark.can_skip_query())
+        .bind(event.own_correlation())
         .persistent(core.connections.persistent())
         .fetch_one(&mut **session)
         .await;

@@ -1,7 +1,10 @@
 //! What this process has seen of the streams of a call.
 
+use uuid::Uuid;
+
 use super::super::convert::to_sql;
 use super::super::numbers::{SeenEvent, ServerNumbers};
+use crate::event::NewEvent;
 use crate::store::{ExpectedVersion, StreamAppend};
 
 /// Returns the version that a part expects, if it is a single one.
@@ -16,6 +19,12 @@ pub(super) fn exact(part: &StreamAppend) -> Option<i64> {
 /// Returns the event that a part follows, if this process has seen it.
 pub(super) fn seen_before(known: &mut ServerNumbers, part: &StreamAppend) -> Option<SeenEvent> {
     known.last_event(&part.stream).filter(|last| exact(part) == Some(to_sql(last.version.get())))
+}
+
+/// Returns the correlation ids of events; `None` if each is the id of its command.
+pub(super) fn correlations<'e>(events: impl Iterator<Item = &'e NewEvent>) -> Option<Vec<Option<Uuid>>> {
+    let own: Vec<Option<Uuid>> = events.map(NewEvent::own_correlation).collect();
+    own.iter().any(Option::is_some).then_some(own)
 }
 
 /// Returns each of the categories and names once.

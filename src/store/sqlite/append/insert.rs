@@ -13,7 +13,7 @@ use crate::event::{NewEvent, Position, StreamId};
 use crate::store::StoreError;
 
 /// Number of columns without the position, which SQLite assigns: one more than the last.
-const COLUMNS: usize = 9;
+const COLUMNS: usize = 10;
 
 /// Numbers of rows that a statement has room for.
 ///
@@ -32,7 +32,7 @@ static STATEMENTS: LazyLock<[Statements; SIZES.len()]> = LazyLock::new(|| {
         let row = format!("({})", ["?"; COLUMNS].join(", "));
         let rows = vec![row; size].join(", ");
         let insert = format!(
-            "INSERT INTO storied_events (stream, version, category, name, recorded_at, id, command_id, payload, metadata)
+            "INSERT INTO storied_events (stream, version, category, name, recorded_at, id, command_id, payload, metadata, correlation_id)
              SELECT * FROM (VALUES {rows}) WHERE column1 IS NOT NULL;\n"
         );
         let transaction = AssertSqlSafe(format!("{BEGIN}{EXPECT_ANCHOR}{insert}COMMIT")).into_sql_str();
@@ -180,5 +180,6 @@ fn add_row(arguments: &mut SqliteArguments, row: &EventRow<'_>, recorded_at: i64
     add(arguments, row.event.id)?;
     add(arguments, row.event.command_id)?;
     add(arguments, &*row.event.payload)?;
-    add(arguments, &*row.event.metadata)
+    add(arguments, &*row.event.metadata)?;
+    add(arguments, row.event.own_correlation())
 }
