@@ -1,7 +1,7 @@
 //! The feed: the only reader of the tail of the log in a process, in order and without gaps.
 //!
-//! The feed reads the store when the store announces an append, when a message of the bus arrives,
-//! and by its own poll. A message only wakes the feed: it does not decide what followers receive.
+//! The feed reads the store when the store announces an append, when a message of the bus arrives (100
+//! ms later if nothing follows), and by its own poll. A message only wakes the feed: it does not decide what followers receive.
 //! Followers are the projections of the process and its publisher. They read from a bounded ring at
 //! their own pace and never wait for the slowest. A slow follower receives `Lagged` and returns to
 //! reading the store.
@@ -112,7 +112,9 @@ impl Feed {
     fn subscribe(&self, demand: Demand) -> FeedFollower {
         let ring = self.inner.ring.upgrade().map(|ring| ring.subscribe());
         self.demand(demand);
-        FeedFollower { ring, reads: self.inner.reads.clone() }
+        let mut reads = self.inner.reads.clone();
+        reads.mark_unchanged();
+        FeedFollower { ring, reads }
     }
 
     /// Starts to follow the log even without a follower: the position alone is useful.

@@ -319,9 +319,9 @@ pub trait ReadModel: Sealed + Send + Sync + 'static {
         limit: Option<Duration>,
     ) -> impl Future<Output = Result<Self::Open, StoreError>> + Send;
 
-    /// Announces that [`begin`](Self::begin) with the same arguments probably follows soon.
+    /// Announces that [`begin`](Self::begin) with the same limit probably follows soon.
     ///
-    /// Does not wait. The transaction may begin meanwhile; if it is not used, it ends by itself.
+    /// Does not wait. A transaction may begin meanwhile; if it is not used, it ends by itself.
     /// Default: does nothing.
     fn will_begin(&self, projection: &str, limit: Option<Duration>) {
         let _ = (projection, limit);

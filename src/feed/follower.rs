@@ -40,6 +40,7 @@ impl FeedFollower {
     /// Returns the next item if it is available now.
     pub(crate) fn try_next(&mut self) -> Option<FeedItem> {
         let Some(ring) = &mut self.ring else { return Some(FeedItem::Closed) };
+        self.reads.mark_unchanged();
         match ring.try_recv() {
             Ok(item) => Some(item),
             Err(TryRecvError::Lagged(_)) => Some(FeedItem::Lagged),

@@ -26,6 +26,25 @@ const UNFOLLOWED: Duration = Duration::from_millis(100);
 /// Announced position of a message that has none.
 const UNKNOWN: Position = Position::new(u64::MAX);
 
+/// A read that messages caused, until it is due.
+struct DelayedRead {
+    /// Time from which the rate limit allows it.
+    allowed: Instant,
+    /// Time from which it is useful without followers.
+    ///
+    /// Only the status shows the position then. A durable consumer reads for itself at this moment, and
+    /// usually moves the mark of the store to the announced position.
+    useful: Instant,
+    /// Position that the messages announced.
+    upto: Position,
+}
+
+impl DelayedRead {
+    fn due(&self, ring: &broadcast::Sender<FeedItem>) -> Instant {
+        if ring.receiver_count() == 0 { self.allowed.max(self.useful) } else { self.allowed }
+    }
+}
+
 pub(super) struct FeedTask {
     pub(super) store: Arc<dyn EventStore>,
     pub(super) bus: Option<Arc<dyn EventBus>>,
@@ -65,11 +84,11 @@ impl FeedTask {
         let mut source = self.subscribe(Duration::ZERO);
         let mut bus_failed = false;
         let mut poll_at = after(self.idle_poll);
-        // Time of the delayed read that messages caused, and the position that they announced.
-        let mut read_at: Option<(Instant, Position)> = None;
+        let mut delayed: Option<DelayedRead> = None;
         loop {
             let before = position;
             let mut announced = None;
+            let read_at = delayed.as_ref().map(|read| read.due(&self.ring));
             tokio::select! {
                 // An error means that the store is being dropped.
                 Ok(()) = appended.changed() => {
@@ -78,8 +97,8 @@ impl FeedTask {
                         position = self.read_on(position, Some(upto)).await;
                     }
                 }
-                () = sleep_until(read_at.map_or(poll_at, |(at, _)| at)), if read_at.is_some() => {
-                    if read_at.take().is_some_and(|(_, upto)| upto > position) {
+                () = sleep_until(read_at.unwrap_or(poll_at)), if read_at.is_some() => {
+                    if delayed.take().is_some_and(|read| read.upto > position) {
                         position = self.read_for_a_message(position).await;
                     } else {
                         self.limit.refund();
@@ -87,7 +106,11 @@ impl FeedTask {
                 }
                 () = sleep_until(poll_at) => {
                     poll_at = after(self.idle_poll);
-                    position = self.repair(position).await;
+                    position = match delayed {
+                        None => self.repair(position).await,
+                        // A message has announced what this read finds.
+                        Some(_) => self.read_on(position, None).await,
+                    };
                     if !bus_failed {
                         self.succeeded();
                     }
@@ -114,13 +137,13 @@ impl FeedTask {
                 }
             }
             // All messages until the read share it.
-            match (announced, &mut read_at) {
+            match (announced, &mut delayed) {
                 (None, _) => {}
-                (Some(upto), Some((_, reach))) => *reach = upto.max(*reach),
+                (Some(upto), Some(read)) => read.upto = upto.max(read.upto),
                 (Some(upto), None) => {
-                    let due = self.limit.take().max(self.useful_at());
-                    if due > Instant::now() {
-                        read_at = Some((due, upto));
+                    let read = DelayedRead { allowed: self.limit.take(), useful: after(UNFOLLOWED), upto };
+                    if read.due(&self.ring) > Instant::now() {
+                        delayed = Some(read);
                     } else {
                         position = self.read_for_a_message(position).await;
                     }
@@ -167,14 +190,6 @@ impl FeedTask {
             self.limit.refund();
         }
         read
-    }
-
-    /// Returns the time from which a read of the store is useful.
-    ///
-    /// Without followers only the status shows the position. A durable consumer reads for itself at
-    /// this moment, and usually moves the mark of the store to the announced position.
-    fn useful_at(&self) -> Instant {
-        if self.ring.receiver_count() == 0 { after(UNFOLLOWED) } else { Instant::now() }
     }
 
     /// Returns the position that an item of the bus announces.

@@ -1,5 +1,6 @@
 use std::error::Error;
 use std::fmt;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
@@ -35,9 +36,9 @@ const MARKED: &str =
 ///
 /// Clones are handles to the same pool. Any number of projections may share it; each uses one of
 /// its connections during a transaction. Unless the pool is exhausted, the connection then waits
-/// 100 ms for the next transaction, and the pool gets it back at least once a second. A projection
-/// that follows the bus begins its transaction on such a connection while its events are read, at
-/// most 100 ms before `apply`; `now()` is that time.
+/// 100 ms for the next transaction, and the pool gets it back at least once a second. While
+/// a projection that follows the bus reads its events, a transaction may begin on such a connection:
+/// `now()` is up to 100 ms before `apply`. This needs the isolation level read committed.
 ///
 /// All nodes share the read model: one node owns each projection. A stale owner is fenced at its
 /// commit, because the checkpoint has moved since its last write. The database may be that of the
@@ -58,6 +59,8 @@ struct Shared {
     progress: Progress,
     /// The event store of the log; set by the first `prepare`.
     store: OnceLock<Uuid>,
+    /// Whether transactions may begin ahead; set by `prepare`.
+    begins_ahead: AtomicBool,
 }
 
 /// An open transaction on a [`PostgresReadModel`].
@@ -118,7 +121,15 @@ impl PostgresReadModel {
     fn within(pool: PgPool, schema: Schema) -> Self {
         let progress = progress::of_read_model(&schema, MARKED);
         let transactions = TransactionPool::new(pool);
-        Self { shared: Arc::new(Shared { transactions, schema, progress, store: OnceLock::new() }) }
+        Self {
+            shared: Arc::new(Shared {
+                transactions,
+                schema,
+                progress,
+                store: OnceLock::new(),
+                begins_ahead: AtomicBool::new(false),
+            }),
+        }
     }
 
     /// Returns the pool, for queries.
@@ -200,6 +211,13 @@ impl ReadModel for PostgresReadModel {
             }
         }
         prepare_read_model(&mut connection, &self.shared.schema).await?;
+        // At the other levels, all statements of a transaction see the data of its beginning: without
+        // what was committed since, as the last checkpoint.
+        let level = sqlx::query_scalar(
+            "SELECT pg_catalog.current_setting('transaction_isolation') = 'read committed'",
+        );
+        let level = level.fetch_one(&mut *connection).await.map_err(|error| failed(doing, error))?;
+        self.shared.begins_ahead.store(level, Ordering::Relaxed);
         connection.give_back();
         Ok(())
     }
@@ -273,7 +291,9 @@ impl ReadModel for PostgresReadModel {
     }
 
     fn will_begin(&self, _projection: &str, limit: Option<Duration>) {
-        self.shared.transactions.begin_ahead(begin(limit));
+        if self.shared.begins_ahead.load(Ordering::Relaxed) {
+            self.shared.transactions.begin_ahead(begin(limit));
+        }
     }
 
     fn transaction<'a>(&self, open: &'a mut PostgresOpen) -> &'a mut PgConnection {

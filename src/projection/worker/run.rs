@@ -281,8 +281,9 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
             && reading.pending.is_none()
             && self.context.feed.position() > *applied
         {
-            // The selected events of the bus do not show the end of the log.
-            reading.catch_up();
+            // The selected events of the bus do not show the end of the log. A page that the partitions
+            // share must reach it.
+            reading.read_to(self.context.feed.position());
         }
         if self.context.role == Role::Rebuild {
             self.consider_switching().await;

@@ -7,7 +7,7 @@ use sqlx::SqlStr;
 use sqlx::postgres::{PgConnection, PgPool, Postgres};
 use sqlx_core::transaction::TransactionManager;
 use tokio::task::JoinHandle;
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, sleep_until, timeout};
 
 use super::borrowed::{Borrowed, PING};
 
@@ -22,9 +22,15 @@ const LENT: Duration = Duration::from_secs(1);
 /// A connection between two transactions; empty once one of its two owners has taken it.
 type Slot = Mutex<Option<Kept>>;
 
-/// State of a connection between two transactions.
+/// A connection that waits for the next transaction until a time.
 #[derive(Debug)]
-enum Kept {
+struct Kept {
+    until: Instant,
+    connection: Connection,
+}
+
+#[derive(Debug)]
+enum Connection {
     Idle(Borrowed),
     /// The statement `begin` is being sent, or its transaction has begun.
     Begun {
@@ -33,7 +39,7 @@ enum Kept {
     },
 }
 
-impl Kept {
+impl Connection {
     fn serves(&self, begin: &SqlStr) -> bool {
         match self {
             Self::Idle(_) => true,
@@ -45,7 +51,8 @@ impl Kept {
     async fn begun(self, begin: SqlStr) -> Option<Borrowed> {
         match self {
             Self::Idle(connection) => begin_on(connection, begin).await,
-            Self::Begun { connection, .. } => connection.await.ok().flatten(),
+            // Limited, because the task may belong to a runtime that nothing drives.
+            Self::Begun { connection, .. } => timeout(PING, connection).await.ok()?.ok().flatten(),
         }
     }
 
@@ -94,8 +101,8 @@ impl TransactionPool {
 
     /// Begins a transaction with the statement `begin`.
     pub(crate) async fn begin(&self, begin: SqlStr) -> Result<BorrowedTransaction, sqlx::Error> {
-        if let Some(kept) = self.take_kept(|kept| kept.serves(&begin))
-            && let Some(connection) = kept.begun(begin.clone()).await
+        if let Some(kept) = self.take_kept(|kept| kept.connection.serves(&begin))
+            && let Some(connection) = kept.connection.begun(begin.clone()).await
         {
             return Ok(BorrowedTransaction { connection, pool: self.clone() });
         }
@@ -106,13 +113,16 @@ impl TransactionPool {
 
     /// Begins a transaction that the next [`begin`](Self::begin) of the same statement returns.
     ///
-    /// Only on a kept connection: no other user of the pool waits for it.
+    /// Only on a kept connection, and no longer than that would be kept anyway: no other user of the
+    /// pool waits for it.
     pub(crate) fn begin_ahead(&self, begin: SqlStr) {
-        let Some(Kept::Idle(connection)) = self.take_kept(|kept| matches!(kept, Kept::Idle(_))) else {
+        let enough = Instant::now() + KEEP / 2;
+        let idle = |kept: &Kept| matches!(kept.connection, Connection::Idle(_)) && kept.until >= enough;
+        let Some(Kept { until, connection: Connection::Idle(connection) }) = self.take_kept(idle) else {
             return;
         };
         let connection = tokio::spawn(begin_on(connection, begin.clone()));
-        self.keep_for_next(Kept::Begun { begin, connection });
+        self.keep_until(until, Connection::Begun { begin, connection });
     }
 
     /// Takes the last kept connection that is suitable.
@@ -120,11 +130,14 @@ impl TransactionPool {
         if self.pool.is_closed() {
             return None;
         }
+        let now = Instant::now();
         let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
         kept.retain(|slot| slot.strong_count() > 0);
         for at in (0..kept.len()).rev() {
             let taken = kept[at].upgrade().and_then(|slot| {
-                slot.lock().unwrap_or_else(PoisonError::into_inner).take_if(|kept| suitable(kept))
+                // The task that gives it back may be late.
+                let suits = |kept: &mut Kept| kept.until > now && suitable(kept);
+                slot.lock().unwrap_or_else(PoisonError::into_inner).take_if(suits)
             });
             if taken.is_some() {
                 kept.remove(at);
@@ -141,21 +154,21 @@ impl TransactionPool {
         if exhausted || self.pool.is_closed() || connection.held_for() >= LENT {
             return connection.give_back();
         }
-        self.keep_for_next(Kept::Idle(connection));
+        self.keep_until(Instant::now() + KEEP, Connection::Idle(connection));
     }
 
-    fn keep_for_next(&self, kept: Kept) {
-        let slot = Arc::new(Slot::new(Some(kept)));
+    fn keep_until(&self, until: Instant, connection: Connection) {
+        let slot = Arc::new(Slot::new(Some(Kept { until, connection })));
         {
             let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
             kept.retain(|slot| slot.strong_count() > 0);
             kept.push(Arc::downgrade(&slot));
         }
         tokio::spawn(async move {
-            sleep(KEEP).await;
+            sleep_until(until).await;
             let kept = slot.lock().unwrap_or_else(PoisonError::into_inner).take();
             if let Some(kept) = kept {
-                kept.give_back().await;
+                kept.connection.give_back().await;
             }
         });
     }
