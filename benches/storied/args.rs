@@ -92,6 +92,7 @@ const USAGE: &str = "usage: cargo bench --bench storied -- \
 [all|codec|commands|hot|append|cpu|creations|mixed|catchup|rehydrate|publish|acks|latency|live|dispatch|remote|memory|scale]
        [--store memory|sqlite|postgres] [--bus local|core|jetstream] [--callers N] [--events N] [--payload BYTES]
        [--runs N] [--json FILE]
+   or: cargo bench --bench storied -- growth MILLIONS [--long-lived] [--svg FILE]
    or: cargo bench --bench storied -- table FILE.json...   (prints what --json wrote as a table in Markdown)
 codec, append, cpu, acks, live, dispatch, remote, memory and scale are several: codec-cbor, codec-json; append-1, append-100; cpu-1000, cpu-1000000 (streams),
 cpu-client;

@@ -145,7 +145,7 @@ async fn insert(connection: &mut PgConnection, event: &AccountEvent, rows: impl 
 }
 
 /// Returns the CPU time of all server processes of the database, in nanoseconds.
-async fn server_cpu(connection: &mut PgConnection) -> f64 {
+pub async fn server_cpu(connection: &mut PgConnection) -> f64 {
     let pids = "SELECT pid FROM pg_stat_activity WHERE datname = current_database()";
     let pids = connection.fetch_all(pids).await.unwrap();
     pids.iter().map(|row| spent(Path::new(&format!("/proc/{}/schedstat", row.get::<i32, _>(0))))).sum()

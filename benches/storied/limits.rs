@@ -12,7 +12,7 @@ use crate::measure::Run;
 use crate::nats::STREAM;
 use crate::stores::{POSTGRES_SCHEMA, directory, postgres};
 
-const ROW: &str = "(?, ?, ?, ?, ?, ?, ?, ?, ?, ?)";
+const ROW: &str = "(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)";
 
 /// Inserts rows like storied's into SQLite through sqlx.
 ///
@@ -42,7 +42,8 @@ pub async fn sqlite_inserts(plan: &Plan, per_transaction: usize) -> Run {
                 .bind(Uuid::now_v7())
                 .bind(Uuid::now_v7())
                 .bind(payload.clone())
-                .bind(vec![0xa0_u8]);
+                .bind(vec![0xa0_u8])
+                .bind(None::<Uuid>);
         }
         query.execute(&mut connection).await.unwrap();
         connection.execute("COMMIT").await.unwrap();
@@ -222,7 +223,7 @@ async fn open(directory: &tempfile::TempDir) -> SqliteConnection {
     connection
         .execute(
             "CREATE TABLE events (position INTEGER PRIMARY KEY, stream INTEGER, version INTEGER, category INTEGER, name INTEGER,
-             recorded_at INTEGER, id BLOB, command_id BLOB, payload BLOB, metadata BLOB, UNIQUE (stream, version)) STRICT",
+             recorded_at INTEGER, id BLOB, command_id BLOB, payload BLOB, metadata BLOB, correlation_id BLOB, UNIQUE (stream, version)) STRICT",
         )
         .await
         .unwrap();
