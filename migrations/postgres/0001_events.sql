@@ -52,6 +52,9 @@ CREATE TABLE storied.events (
 -- (UUIDv7) are inserted at its right end, whatever the stream. A command with many streams or many
 -- events is found as quickly.
 CREATE INDEX events_by_command_id ON storied.events (command_id, stream, version);
+-- The table only grows: without this setting, the visibility map would lag far behind.
+ALTER TABLE storied.events SET (autovacuum_vacuum_insert_scale_factor = 0.05);
+
 -- The events whose correlation id is not the id of their command: those of nested commands. Beside the
 -- log, so that all other events take no space for it.
 CREATE TABLE storied.correlations (
@@ -59,8 +62,7 @@ CREATE TABLE storied.correlations (
     position       bigint NOT NULL,                              -- position of the event
     PRIMARY KEY (correlation_id, position)
 );
--- The table only grows: without this setting, the visibility map would lag far behind.
-ALTER TABLE storied.events SET (autovacuum_vacuum_insert_scale_factor = 0.05);
+ALTER TABLE storied.correlations SET (autovacuum_vacuum_insert_scale_factor = 0.05);
 
 -- The log in clear, for people and tools.
 CREATE VIEW storied.log AS
@@ -435,9 +437,9 @@ BEGIN
         INSERT INTO storied.correlations (correlation_id, position)
         SELECT i.correlation, i.position
         FROM unnest(event_correlation, positions, event_id) AS i (correlation, position, id)
-        WHERE i.correlation IS NOT NULL AND i.id = (
+        WHERE i.correlation IS NOT NULL AND (plain OR i.id = (
             SELECT e.id FROM storied.events AS e
-            WHERE e.position >= i.position AND e.position <= i.position ORDER BY e.position LIMIT 1);
+            WHERE e.position >= i.position AND e.position <= i.position ORDER BY e.position LIMIT 1));
     END IF;
     guard := set_config('storied_log.appending', 'off', true);
     transaction_id := pg_current_xact_id_if_assigned()::text;

@@ -24,7 +24,8 @@ pub struct NewEvent {
     ///
     /// Stored beside the metadata, so that folding does not decode these.
     pub command_id: Uuid,
-    /// [Correlation id](super::Metadata::correlation_id) in the metadata, for the index of the store.
+    /// [Correlation id](super::Metadata::correlation_id), as in the metadata, for the index of the
+    /// store.
     pub correlation_id: Option<Uuid>,
     /// Encoded [`Metadata`](super::Metadata).
     pub metadata: Bytes,

@@ -223,11 +223,14 @@ pub trait EventStore: Send + Sync + 'static {
         command: Uuid,
     ) -> BoxFuture<'a, Result<Option<CommandEvents>, StoreError>>;
 
-    /// Returns events of a command, or with this correlation id, in log order.
+    /// Returns the events with a [correlation id](crate::Metadata::correlation_id), in log order.
     ///
-    /// At most `limit` of those after `after`, up to the high-water mark; none if there are no more. A
-    /// nested command passes the [correlation id](crate::Metadata::correlation_id) on, so these are
-    /// the events that a command has caused. The default scans the log.
+    /// Without one of its own, a command has its id as the correlation id, and its nested commands
+    /// pass it on. So these are the events that the command has caused. The id of a nested command
+    /// finds only its own events.
+    ///
+    /// Returns at most `limit` events (0 counts as 1) after `after`, up to the high-water mark; fewer
+    /// if they are large, and none only at the end. The default scans the log.
     fn correlated(
         &self,
         id: Uuid,
@@ -239,7 +242,7 @@ pub trait EventStore: Send + Sync + 'static {
             event.command_id == id || correlation() == Some(id)
         };
         Box::pin(async move {
-            let (mut found, mut after) = (Vec::new(), after);
+            let (mut found, mut after, limit) = (Vec::new(), after, limit.max(1));
             while found.len() < limit {
                 let page = self.read_log(ReadLog::after(after)).await?;
                 let (left, has_more) = (limit - found.len(), page.has_more() && page.scanned_to > after);

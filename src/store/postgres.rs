@@ -22,6 +22,7 @@ mod commit_recovery;
 mod connection;
 mod control;
 mod convert;
+mod correlated;
 mod detach_on_drop;
 mod durability;
 mod error;
@@ -387,8 +388,7 @@ impl EventStore for PostgresStore {
         after: Position,
         limit: usize,
     ) -> BoxFuture<'_, Result<Vec<RecordedEvent>, StoreError>> {
-        let find = read::correlated(&self.shared.core, id, after, limit);
-        self.call("looking up what a command caused", find)
+        self.call(correlated::DOING, correlated::correlated(&self.shared.core, id, after, limit))
     }
 
     fn adopt(&self, adopt: Adopt) -> BoxFuture<'_, Result<Uuid, StoreError>> {

@@ -369,7 +369,7 @@ impl EventStore for SqliteStore {
         limit: usize,
     ) -> BoxFuture<'_, Result<Vec<RecordedEvent>, StoreError>> {
         let Shared { readers, page_sizer, numbers, info, .. } = &*self.shared;
-        Box::pin(read::correlated(readers, page_sizer, numbers, info.codec, id, after, limit))
+        Box::pin(read::correlated(readers, page_sizer, numbers, info.codec, (id, after, limit)))
     }
 
     fn command(&self, id: Uuid) -> BoxFuture<'_, Result<Option<CommandRecord>, StoreError>> {

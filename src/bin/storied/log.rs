@@ -34,7 +34,7 @@ pub(crate) struct Show {
     #[command(flatten)]
     filter: FilterArgs,
 
-    /// Only events of this command or with this correlation id: what a command has caused
+    /// Only events with this correlation id: those of a command and its nested commands
     #[arg(long, value_name = "ID")]
     correlation: Option<Uuid>,
 

@@ -137,36 +137,6 @@ pub(super) async fn event_id_at(core: &Arc<PgInner>, position: Position) -> Resu
     Ok(id)
 }
 
-/// Returns the events of a command, or with a correlation id, up to the current mark.
-pub(super) async fn correlated(
-    core: &Arc<PgInner>,
-    id: Uuid,
-    after: Position,
-    limit: usize,
-) -> Result<Vec<RecordedEvent>, StoreError> {
-    const DOING: &str = "looking up what a command caused";
-    let head = core.high_water_mark.refresh(&core.connections, &core.sql).await?;
-    let mut session = core.connections.get(DOING).await?;
-    let rows = sqlx::query(core.sql.correlated.clone())
-        .bind(id)
-        .bind(to_sql(after.get()))
-        .bind(to_sql(head.get()))
-        .bind(i64::try_from(core.page_sizer.events(limit)).unwrap_or(i64::MAX))
-        .persistent(core.connections.persistent())
-        .fetch_all(&mut *session)
-        .await
-        .map_err(|error| failed(DOING, error))?;
-    session.finish(DOING).await?;
-    let mut decoder = Decoder::new(DOING, core.info.codec)?;
-    let mut found = NumberedEvents::default();
-    for row in &rows {
-        let (event, numbers) = decoder.of_log(row)?;
-        found.events.push(event);
-        found.numbers.push(numbers);
-    }
-    resolve(core, DOING, found).await
-}
-
 async fn page(core: &Arc<PgInner>, read: &ReadLog, head: Position) -> Result<LogPage, StoreError> {
     let mut page = LogPage { events: Vec::new(), scanned_to: read.after, head };
     let end = read.upto.map_or(head, |upto| upto.min(head));
@@ -365,7 +335,7 @@ pub(super) async fn stream(
 /// Decodes rows into events, without their names and streams, which the rows have as numbers.
 ///
 /// Columns are decoded without type checks, because the statements of this module fix their types.
-struct Decoder {
+pub(super) struct Decoder {
     doing: &'static str,
     codec: Codec,
     /// Stands for the name and the stream of an event until their numbers are resolved.
@@ -373,7 +343,7 @@ struct Decoder {
 }
 
 impl Decoder {
-    fn new(doing: &'static str, codec: Codec) -> Result<Self, StoreError> {
+    pub(super) fn new(doing: &'static str, codec: Codec) -> Result<Self, StoreError> {
         let names = || Ok((EventName::new("unresolved")?, StreamId::new("unresolved", "0")?));
         let names: Result<_, InvalidName> = names();
         let corrupt = |error: InvalidName| StoreError::Corrupt { reason: error.to_string() };
@@ -385,7 +355,7 @@ impl Decoder {
     }
 
     /// Decodes a row that includes the stream; returns the numbers of the name and of the stream.
-    fn of_log(&mut self, row: &PgRow) -> Result<(RecordedEvent, (i32, Option<i64>)), StoreError> {
+    pub(super) fn of_log(&mut self, row: &PgRow) -> Result<(RecordedEvent, (i32, Option<i64>)), StoreError> {
         let stream = row.try_get_unchecked::<i64, _>(8).map_err(|error| failed(self.doing, error))?;
         let (event, name) = self.event(row, self.unresolved.1.clone())?;
         Ok((event, (name, Some(stream))))

@@ -146,7 +146,7 @@ statements! {
             WHERE (SELECT pg_current_wal_lsn()) IS NOT NULL ORDER BY found.position",
         // The events of command $1 have no order by position: they are few. Each part has one possible
         // index, as in `by_name`.
-        correlated: "SELECT e.*
+        correlated: "SELECT e.*, found.position
             FROM (
                 SELECT f.position FROM (
                     SELECT c.position FROM (
@@ -155,17 +155,17 @@ statements! {
                             AND (command_id, stream, version) <= ($1, 9223372036854775807, 9223372036854775807)
                         ORDER BY command_id, stream, version OFFSET 0) AS c
                     WHERE c.position > $2 AND c.position <= $3
-                    UNION ALL
+                    UNION
                     SELECT i.position FROM (
                         SELECT position FROM storied.correlations
                         WHERE (correlation_id, position) > ($1, $2) AND (correlation_id, position) <= ($1, $3)
                         ORDER BY correlation_id, position LIMIT $4) AS i
                 ) AS f ORDER BY f.position LIMIT $4
-            ) AS found CROSS JOIN LATERAL (
+            ) AS found LEFT JOIN LATERAL (
                 SELECT position, version, name, id, command_id, payload, metadata, recorded_at, stream
                 FROM storied.events WHERE position >= found.position AND position <= found.position
                 ORDER BY position LIMIT 1
-            ) AS e
+            ) AS e ON true
             WHERE (SELECT pg_current_wal_lsn()) IS NOT NULL ORDER BY found.position",
         // The last event among the $3 positions after the first event after $1, up to $2.
         last_event: "SELECT (

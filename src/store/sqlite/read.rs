@@ -1,11 +1,13 @@
 //! Reading events. Every page is one statement and so one snapshot.
 
+mod correlated;
 mod decoder;
 
 use futures_util::TryStreamExt;
 use sqlx::{AssertSqlSafe, Row};
 use uuid::Uuid;
 
+pub(super) use self::correlated::correlated;
 use self::decoder::Decoder;
 use super::super::page_size::PageSizer;
 use super::super::{CommandEvents, Filter, LogPage, ReadLog, StoreError};
@@ -214,54 +216,6 @@ pub(super) async fn command_events(
         last: Version::new(number(1)?),
         position: Position::new(number(2)?),
     }))
-}
-
-/// Returns the events of a command, or with a correlation id.
-pub(super) async fn correlated(
-    readers: &Readers,
-    page_sizer: &PageSizer,
-    cache: &NumberCache,
-    codec: Codec,
-    id: Uuid,
-    after: Position,
-    limit: usize,
-) -> Result<Vec<RecordedEvent>, StoreError> {
-    const DOING: &str = "looking up what a command caused";
-    let anchor = cache.anchor();
-    let mut reader = readers.get(DOING).await?;
-    let mut rows = sqlx::query(
-        "SELECT position, stream, version, name, id, command_id, payload, metadata, recorded_at,
-             (SELECT id FROM storied_events WHERE position = ?4)
-         FROM storied_events WHERE position IN (
-             SELECT position FROM storied_events INDEXED BY storied_events_by_command
-             WHERE command_id = ?1 AND position > ?2
-             UNION ALL
-             SELECT position FROM storied_events INDEXED BY storied_events_by_correlation
-             WHERE correlation_id = ?1 AND position > ?2)
-         ORDER BY position LIMIT ?3",
-    )
-    .bind(id)
-    .bind(to_sql(after.get()))
-    .bind(i64::try_from(page_sizer.events(limit)).unwrap_or(i64::MAX))
-    .bind(anchor.map(|(position, _)| to_sql(position.get())))
-    .fetch(&mut reader.connection);
-    let mut decoder = Decoder::new(DOING, codec, cache)?;
-    let mut events: Vec<RecordedEvent> = Vec::new();
-    while let Some(row) = rows.try_next().await.map_err(|error| failed(DOING, error))? {
-        if events.is_empty() {
-            let found: Option<Uuid> = row.try_get(9).map_err(|error| failed(DOING, error))?;
-            if anchor.is_some_and(|(_, id)| found != Some(id)) {
-                cache.clear();
-            }
-        }
-        let position = Position::new(decoder.number(&row, 0)?);
-        let number = decoder.optional_number(&row, 1)?.unwrap_or_default();
-        events.push(decoder.event(&row, number, position, events.len())?);
-    }
-    drop(rows);
-    decoder.resolve(&mut reader.connection, &mut events).await?;
-    reader.give_back();
-    Ok(events)
 }
 
 /// Returns the last event of the log, which is the high-water mark (I1).

@@ -244,6 +244,7 @@ pub async fn events_are_found_by_their_correlation(database: Database) {
             pages.extend(page.iter().map(|event| (event.position, event.id)));
         }
         assert_eq!(pages.iter().map(|(_, id)| *id).collect::<Vec<_>>(), recorded_ids(&found));
+        assert_eq!(store.correlated(trigger, Position::START, 0).await.unwrap().len(), 1);
         // A nested command by itself.
         assert_eq!(store.correlated(nested, Position::START, 100).await.unwrap().len(), 5);
         assert!(store.correlated(Uuid::now_v7(), Position::START, 100).await.unwrap().is_empty());

@@ -538,6 +538,10 @@ async fn a_page_of_a_replaced_log_has_the_names_of_that_log() {
     for store in [&store, &second] {
         assert_sound(store, 2).await;
     }
+    let third = SqliteStore::open(&path).await.unwrap();
+    for event in log(&store).await {
+        assert_eq!(third.correlated(event.command_id, Position::START, 9).await.unwrap().len(), 1);
+    }
     let mut restored = stranger(&path).await;
     restored
         .execute(
@@ -554,6 +558,7 @@ async fn a_page_of_a_replaced_log_has_the_names_of_that_log() {
     // Each store forgets by its own first read.
     let events = second.read_stream(&stream("z"), Version::NONE, 9).await.unwrap();
     assert_eq!(events[1].name.as_str(), "order.returned");
+    assert_eq!(log(&third).await[1].name.as_str(), "order.returned");
 }
 
 /// Two stores on one file, like two processes, create the same stream and the same names at the same

@@ -7,8 +7,8 @@ use serde::{Deserialize, Serialize};
 use sqlx::{Connection, Row};
 use storied::aggregate::AggregateOptions;
 use storied::{
-    Aggregate, Context, Decided, Decision, Event, ExpectedVersion, NeverRejects, PostgresOptions,
-    PostgresStore, Runtime, SnapshotRevision, StoreError,
+    Aggregate, Context, Decided, Decision, Event, EventStore, ExpectedVersion, NeverRejects, Position,
+    PostgresOptions, PostgresStore, Runtime, SnapshotRevision, StoreError,
 };
 use uuid::{NoContext, Timestamp, Uuid};
 
@@ -42,6 +42,55 @@ async fn an_id_that_many_events_have_is_looked_up_as_quickly() {
     let read = "SELECT pg_stat_get_xact_tuples_returned('storied.events_by_command_id'::regclass)";
     let read: i64 = sqlx::query_scalar(read).fetch_one(&mut *transaction).await.unwrap();
     assert!(read <= 4, "{read} entries of the index were read");
+}
+
+/// Entries that a login writes by calling the functions by hand hide no event, and no event is found
+/// twice.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn forged_correlations_hide_no_event() {
+    let url = PostgresServer::shared().await.create_database().await;
+    let store = PostgresStore::connect(&url).await.unwrap();
+    append(&store, &stream("a"), ExpectedVersion::NoStream, events(4)).await.unwrap();
+    let mut connection = connect(&url).await;
+    let cause = Uuid::now_v7();
+    for _ in 0..3 {
+        // A stream that does not exist.
+        let forged = "SELECT storied.append_one(storied.server(), 4, 999, NULL, version, category, name, gen_random_uuid(),
+                gen_random_uuid(), payload, metadata, true, $1) FROM storied.events
+            WHERE stream <> 999 OR version = (SELECT max(version) FROM storied.events WHERE stream = 999) ORDER BY stream = 999 DESC LIMIT 1";
+        sqlx::query(forged).bind(cause).execute(&mut connection).await.unwrap();
+    }
+    let mut nested = events(3);
+    nested.iter_mut().for_each(|event| event.correlation_id = Some(cause));
+    append(&store, &stream("b"), ExpectedVersion::NoStream, nested.clone()).await.unwrap();
+    // The id of its own command as the correlation id.
+    let twice = "SELECT storied.append_one(storied.server(), position, stream, NULL, version, category, name, gen_random_uuid(),
+            $1, payload, metadata, true, $1) FROM storied.events ORDER BY position DESC LIMIT 1";
+    sqlx::query(twice).bind(cause).execute(&mut connection).await.unwrap();
+    for limit in [1, 2, 100] {
+        let (mut found, mut after) = (Vec::new(), Position::START);
+        loop {
+            let page = store.correlated(cause, after, limit).await.unwrap();
+            let Some(last) = page.last() else { break };
+            after = last.position;
+            found.extend(page.into_iter().map(|event| (event.stream, event.version.get())));
+        }
+        assert_eq!(found, [1, 2, 3, 4].map(|version| (stream("b"), version)), "{limit}");
+    }
+    // Other lengths, and nulls.
+    for (correlations, error) in
+        [("ARRAY[$1, NULL]::uuid[]", false), ("ARRAY[NULL, $1]::uuid[]", true), ("'{}'::uuid[]", false)]
+    {
+        let call = format!(
+            "SELECT storied.append_known(storied.server(), position, ARRAY[name, category], ARRAY[stream], ARRAY[version],
+                 ARRAY[category], ARRAY[name], ARRAY[gen_random_uuid()], ARRAY[gen_random_uuid()], ARRAY[payload],
+                 ARRAY[metadata], CASE WHEN $1::uuid IS NOT NULL THEN {correlations} END)
+             FROM storied.events ORDER BY position DESC LIMIT 1"
+        );
+        let called =
+            sqlx::query(sqlx::AssertSqlSafe(call)).bind(Uuid::now_v7()).execute(&mut connection).await;
+        assert_eq!(called.is_err(), error, "{correlations}: {called:?}");
+    }
 }
 
 #[derive(Default, Serialize, Deserialize)]

@@ -252,6 +252,8 @@ async fn a_login_with_the_documented_rights_can_append_and_nothing_else() {
         // The log, and the objects that its order depends on.
         "INSERT INTO storied.events SELECT 99, stream, 4, now(), name, category, id, id, payload, metadata FROM storied.events LIMIT 1",
         "UPDATE storied.events SET name = 1",
+        "INSERT INTO storied.correlations VALUES (gen_random_uuid(), 1)",
+        "DELETE FROM storied.correlations",
         "INSERT INTO storied.names VALUES (1, 'x')",
         "UPDATE storied.names SET name = 'x'",
         "DELETE FROM storied.names",

@@ -22,9 +22,11 @@ pub(super) fn seen_before(known: &mut ServerNumbers, part: &StreamAppend) -> Opt
 }
 
 /// Returns the correlation ids of events; `None` if each is the id of its command.
-pub(super) fn correlations<'e>(events: impl Iterator<Item = &'e NewEvent>) -> Option<Vec<Option<Uuid>>> {
-    let own: Vec<Option<Uuid>> = events.map(NewEvent::own_correlation).collect();
-    own.iter().any(Option::is_some).then_some(own)
+pub(super) fn correlations<'e>(
+    events: impl Iterator<Item = &'e NewEvent> + Clone,
+) -> Option<Vec<Option<Uuid>>> {
+    let any = events.clone().any(|event| event.own_correlation().is_some());
+    any.then(|| events.map(NewEvent::own_correlation).collect())
 }
 
 /// Returns each of the categories and names once.
