@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
+use chrono::{DateTime, Utc};
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 use sqlx::{PgConnection, PgPool};
 use storied::projection::{ApplyError, ProjectionState, ReadModel};
@@ -170,12 +171,13 @@ async fn a_connection_serves_consecutive_transactions() {
     }
 }
 
-/// What a transaction of the read model knows about itself.
-async fn begun(model: &PostgresReadModel, limit: Option<Duration>) -> (f64, String) {
+/// Begins a transaction; returns whether it had begun before this call, and its time limit.
+async fn begun(model: &PostgresReadModel, limit: Option<Duration>) -> (bool, String) {
+    let clock: DateTime<Utc> =
+        sqlx::query_scalar("SELECT clock_timestamp()").fetch_one(model.pool()).await.unwrap();
     let mut open = model.begin("seen", Checkpoint::default(), limit).await.unwrap();
-    let about =
-        "SELECT extract(epoch FROM clock_timestamp() - now())::float8, current_setting('statement_timeout')";
-    let about = sqlx::query_as(about).fetch_one(model.transaction(&mut open)).await.unwrap();
+    let about = sqlx::query_as("SELECT now() < $1, current_setting('statement_timeout')").bind(clock);
+    let about = about.fetch_one(model.transaction(&mut open)).await.unwrap();
     model.commit(open, vec![]).await.unwrap();
     about
 }
@@ -184,73 +186,65 @@ async fn begun(model: &PostgresReadModel, limit: Option<Duration>) -> (f64, Stri
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_transaction_begins_ahead_on_a_kept_connection() {
     let tables = PostgresServer::shared().await.create_database().await;
-    let pool = PgPoolOptions::new().max_connections(4).connect(&tables).await.unwrap();
-    let model = PostgresReadModel::new(pool.clone());
-    model.prepare(&(Arc::new(MemoryStore::new()) as Arc<dyn EventStore>)).await.unwrap();
-    let open_transactions = async || -> i64 {
-        let open = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND state LIKE 'idle in%'";
-        sqlx::query_scalar(open).fetch_one(&pool).await.unwrap()
+    let store: Arc<dyn EventStore> = Arc::new(MemoryStore::new());
+    let model = async |isolation: &str| {
+        let options: PgConnectOptions = tables.parse().unwrap();
+        let options = options.options([("default_transaction_isolation", isolation)]);
+        let pool = PgPoolOptions::new().max_connections(4).connect_with(options).await.unwrap();
+        let model = PostgresReadModel::new(pool);
+        model.prepare(&store).await.unwrap();
+        model
     };
-    let minute = Some(Duration::from_secs(60));
-    // No connection is kept yet: another user of the pool may need the next one.
-    model.will_begin("seen", minute);
-    tokio::time::sleep(Duration::from_millis(20)).await;
-    assert_eq!(open_transactions().await, 0);
-    assert_eq!(begun(&model, minute).await.1, "1min");
-
-    // Again on a busy machine, where it may come too late for the kept connection.
-    eventually("a transaction that began ahead", async || {
+    let (minute, other) = (Some(Duration::from_secs(60)), Some(Duration::from_secs(120)));
+    let ahead = async |model: &PostgresReadModel| {
         model.will_begin("seen", minute);
-        tokio::time::sleep(Duration::from_millis(20)).await;
-        let (age, timeout) = begun(&model, minute).await;
-        assert_eq!(timeout, "1min");
-        age >= 0.02
-    })
-    .await;
-
+        tokio::time::sleep(Duration::from_millis(10)).await;
+        begun(model, minute).await
+    };
+    let committed = model("read committed").await;
+    // No connection is kept yet: another user of the pool may need the next one.
+    assert_eq!(ahead(&committed).await, (false, "1min".into()));
+    // Again on a busy machine, where it may come too late for the kept connection.
+    eventually("a transaction that began ahead", async || ahead(&committed).await.0).await;
     // With another limit: another transaction.
-    model.will_begin("seen", minute);
-    assert_eq!(begun(&model, None).await.1, "0");
+    committed.will_begin("seen", minute);
+    assert_eq!(begun(&committed, other).await, (false, "2min".into()));
 
     // At a level where the transaction would not see what is committed meanwhile.
-    let serializable = PgPoolOptions::new().max_connections(4).connect_with(
-        tables
-            .parse::<PgConnectOptions>()
-            .unwrap()
-            .options([("default_transaction_isolation", "repeatable read")]),
-    );
-    let serializable = PostgresReadModel::new(serializable.await.unwrap());
-    serializable.prepare(&(Arc::new(MemoryStore::new()) as Arc<dyn EventStore>)).await.unwrap();
+    let repeatable = model("repeatable read").await;
     for _ in 0..5 {
-        begun(&serializable, minute).await;
-        serializable.will_begin("seen", minute);
-        tokio::time::sleep(Duration::from_millis(20)).await;
-        assert!(begun(&serializable, minute).await.0 < 0.02);
+        assert_eq!(ahead(&repeatable).await, (false, "1min".into()));
     }
 
-    // The server process is killed before it is used.
-    begun(&model, minute).await;
-    model.will_begin("seen", minute);
-    tokio::time::sleep(Duration::from_millis(20)).await;
+    // The server process is killed before the transaction is used.
+    begun(&committed, minute).await;
+    committed.will_begin("seen", minute);
+    tokio::time::sleep(Duration::from_millis(10)).await;
     run(
         &tables,
         "SELECT pg_terminate_backend(pid) FROM pg_stat_activity
          WHERE datname = current_database() AND pid <> pg_backend_pid()",
     )
     .await;
-    let killed = model.begin("seen", Checkpoint::default(), minute).await;
-    if let Ok(mut open) = killed {
-        let failed = sqlx::query("SELECT 1").execute(model.transaction(&mut open)).await;
-        assert!(failed.is_err_and(|error| ReadModel::is_outage(&model, &error)));
+    let mut open = committed.begin("seen", Checkpoint::default(), minute).await.unwrap();
+    // On a busy machine, it may come too late and get another connection.
+    if let Err(error) = sqlx::query("SELECT 1").execute(committed.transaction(&mut open)).await {
+        assert!(ReadModel::is_outage(&committed, &error), "{error}");
     }
+    drop(open);
 
-    // The other killed connections are not kept longer.
-    tokio::time::sleep(Duration::from_millis(400)).await;
-    begun(&model, minute).await;
-    model.will_begin("seen", minute);
-    tokio::time::sleep(Duration::from_millis(400)).await;
-    assert_eq!(pool.num_idle(), pool.size() as usize, "the pool got its connections back");
-    assert_eq!(open_transactions().await, 0);
+    // One that is not used ends, and the pool gets its connection back.
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    begun(&committed, minute).await;
+    committed.will_begin("seen", minute);
+    eventually("the pool got its connections back", async || {
+        committed.pool().num_idle() == committed.pool().size() as usize
+    })
+    .await;
+    let open =
+        "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND state LIKE 'idle in%'";
+    let open: i64 = sqlx::query_scalar(open).fetch_one(committed.pool()).await.unwrap();
+    assert_eq!(open, 0);
 }
 
 /// The error of an application, with every way of passing on its causes.
