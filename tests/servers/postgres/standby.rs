@@ -3,6 +3,8 @@
 //! With synchronous replication, every answer that confirms durability is on the standby (I3).
 
 use std::collections::HashSet;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -111,14 +113,18 @@ impl Pair {
 }
 
 /// An operator that repeatedly ends or cancels commits that wait for a standby.
-struct Operator(tokio::task::JoinHandle<()>);
+struct Operator {
+    stopping: Arc<AtomicBool>,
+    task: tokio::task::JoinHandle<()>,
+}
 
 impl Operator {
     fn start(pair: &Pair, action: &'static str) -> Self {
-        let url = pair.url.clone();
-        Self(tokio::spawn(async move {
+        let (url, stopping) = (pair.url.clone(), Arc::new(AtomicBool::new(false)));
+        let stop = stopping.clone();
+        let task = tokio::spawn(async move {
             let mut connection = connect(&url).await;
-            loop {
+            while !stop.load(Ordering::Relaxed) {
                 connection
                     .execute(AssertSqlSafe(format!(
                         "SELECT {action}(pid) FROM pg_stat_activity
@@ -128,13 +134,20 @@ impl Operator {
                     .unwrap();
                 tokio::time::sleep(Duration::from_millis(10)).await;
             }
-        }))
+        });
+        Self { stopping, task }
+    }
+
+    /// Waits for the last statement, which would end a later wait on a busy machine.
+    async fn stop(mut self) {
+        self.stopping.store(true, Ordering::Relaxed);
+        (&mut self.task).await.unwrap();
     }
 }
 
 impl Drop for Operator {
     fn drop(&mut self) {
-        self.0.abort();
+        self.task.abort();
     }
 }
 
@@ -195,7 +208,7 @@ async fn a_receipt_is_on_the_standby() {
                     (_, Err(error)) => panic!("{way:?}, {action}: {error}"),
                 }
             }
-            drop(operator);
+            operator.stop().await;
             pair.heal().await;
         }
     }
@@ -339,7 +352,7 @@ async fn an_answer_that_rests_on_a_read_is_on_the_standby() {
         );
         assert!(matches!(executed, Err(ExecuteError::OutcomeUnknown { .. })), "{executed:?}");
         assert!(recorded.is_err() && found.is_err() && leased.is_err(), "{recorded:?} {found:?} {leased:?}");
-        drop(operator);
+        operator.stop().await;
         pair.heal().await;
         assert!(deposit().await.unwrap().duplicate);
         assert_eq!(store.record_command(record.clone()).await.unwrap().outcome, record.outcome);
@@ -378,7 +391,7 @@ async fn a_checkpoint_that_is_claimed_is_on_the_standby() {
     // Several claims.
     let reported = projection.caught_up_to_within(second, Duration::from_secs(2)).await;
     assert!(reported.is_err(), "{:?}", projection.status());
-    drop(operator);
+    operator.stop().await;
     pair.heal().await;
     projection.caught_up_to_within(second, patience).await.unwrap();
     let seen: i64 = sqlx::query_scalar("SELECT count(*) FROM seen").fetch_one(&mut other).await.unwrap();
