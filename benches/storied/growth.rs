@@ -19,8 +19,6 @@ use crate::cpu::server_cpu;
 use crate::domain::{AccountEvent, text};
 use crate::stores::{POSTGRES_SCHEMA, Store, postgres};
 
-pub const COMMAND: &str = "growth";
-
 const USAGE: &str = "usage: cargo bench --bench storied -- growth MILLIONS [--long-lived] [--svg FILE]";
 
 /// Number of parts of a fill.

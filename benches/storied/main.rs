@@ -53,7 +53,7 @@ fn main() {
     match arguments.as_slice() {
         [first, rest @ ..] if first == scale::NODE => return runtime.block_on(scale::node(rest)),
         [first, rest @ ..] if first == memory::CHILD => return runtime.block_on(memory::child(rest)),
-        [first, rest @ ..] if first == growth::COMMAND => return runtime.block_on(growth::run(rest)),
+        [first, rest @ ..] if first == "growth" => return runtime.block_on(growth::run(rest)),
         [first, files @ ..] if first == "table" => return print!("{}", measure::table(files)),
         _ => {}
     }
