@@ -31,6 +31,7 @@ pub struct NewEvent {
     pub metadata: Bytes,
 }
 
+#[cfg(any(feature = "postgres", feature = "sqlite"))]
 impl NewEvent {
     /// Returns the correlation id, unless it is the id of the command.
     pub(crate) fn own_correlation(&self) -> Option<Uuid> {
