@@ -1,7 +1,9 @@
 //! The feed: the only reader of the tail of the log in a process, in order and without gaps.
 //!
-//! The feed reads the store when the store announces an append, when a message of the bus arrives (100
-//! ms later if nothing follows), and by its own poll. A message only wakes the feed: it does not decide what followers receive.
+//! The feed reads the store when the store announces an append, when a message of the bus arrives,
+//! and by its own poll. Without followers, it reads 100 ms after a message. A message only wakes the
+//! feed: it does not decide what followers receive.
+//!
 //! Followers are the projections of the process and its publisher. They read from a bounded ring at
 //! their own pace and never wait for the slowest. A slow follower receives `Lagged` and returns to
 //! reading the store.
@@ -47,6 +49,7 @@ struct Inner {
     ring: broadcast::WeakSender<FeedItem>,
     status: watch::Receiver<FeedStatus>,
     demand: watch::Sender<Demand>,
+    /// Changes when the feed begins to read the store for a message.
     reads: watch::Receiver<()>,
     /// Hints that the log has new events.
     hints: Arc<Notify>,

@@ -121,7 +121,12 @@ fn spent(schedstat: &Path) -> f64 {
     text.split(' ').next().and_then(|first| first.parse().ok()).unwrap_or_default()
 }
 
-async fn insert(connection: &mut PgConnection, event: &AccountEvent, rows: impl Iterator<Item = (i64, i64)>) {
+/// Inserts a row of an event for each stream and version, in one statement.
+pub async fn insert(
+    connection: &mut PgConnection,
+    event: &AccountEvent,
+    rows: impl Iterator<Item = (i64, i64)>,
+) {
     let new = NewEvent::encode(event, storied::Codec::Cbor, &Metadata::default()).unwrap();
     let (streams, versions): (Vec<i64>, Vec<i64>) = rows.unzip();
     let ids: Vec<Uuid> = streams.iter().map(|_| Uuid::now_v7()).collect();
@@ -132,16 +137,16 @@ async fn insert(connection: &mut PgConnection, event: &AccountEvent, rows: impl 
     )
     .bind(&streams)
     .bind(versions)
-    .bind(vec![1; BATCH])
-    .bind(vec![2; BATCH])
+    .bind(vec![1; streams.len()])
+    .bind(vec![2; streams.len()])
     .bind(&ids)
     .bind(&ids)
-    .bind(vec![&*new.payload; BATCH])
-    .bind(vec![&*new.metadata; BATCH])
+    .bind(vec![&*new.payload; streams.len()])
+    .bind(vec![&*new.metadata; streams.len()])
     .fetch_all(connection)
     .await
     .unwrap();
-    assert_eq!(inserted.len(), BATCH);
+    assert_eq!(inserted.len(), streams.len());
 }
 
 /// Returns the CPU time of all server processes of the database, in nanoseconds.

@@ -12,10 +12,9 @@ use sqlx::{AssertSqlSafe, Executor, PgConnection, Row};
 use storied::store::{Append, ExpectedVersion};
 use storied::{Metadata, NewEvent, StreamId, Version};
 use tokio::task::JoinSet;
-use uuid::Uuid;
 
 use crate::args::StoreKind;
-use crate::cpu::server_cpu;
+use crate::cpu::{insert, server_cpu};
 use crate::domain::{AccountEvent, text};
 use crate::stores::{POSTGRES_SCHEMA, Store, postgres};
 
@@ -166,45 +165,22 @@ async fn raw(part: usize, shape: Shape) -> Vec<Cost> {
          DROP SCHEMA {POSTGRES_SCHEMA} CASCADE"
     );
     setup.execute(AssertSqlSafe(copy)).await.unwrap();
-    let payload = NewEvent::encode(
-        &AccountEvent::Entered { text: text(PAYLOAD) },
-        storied::Codec::Cbor,
-        &Metadata::default(),
-    );
-    let new = payload.unwrap();
-    let insert = move |mut writer: Writer| {
-        let new = new.clone();
+    let write = |mut writer: Writer| {
+        let event = AccountEvent::Entered { text: text(PAYLOAD) };
         async move {
             let mut connection = match writer.connection.take() {
                 Some(connection) => connection,
                 None => postgres().await,
             };
             for _ in 0..part / WRITERS / BATCH {
-                let (streams, versions): (Vec<i64>, Vec<i64>) =
-                    writer.batch().into_iter().map(|(id, version)| (id, version as i64 + 1)).unzip();
-                let ids: Vec<Uuid> = streams.iter().map(|_| Uuid::now_v7()).collect();
-                sqlx::query(
-                    "INSERT INTO raw_bench.events (position, stream, version, name, category, id, command_id, payload, metadata)
-                     SELECT nextval('raw_bench.positions'), * FROM unnest($1::bigint[], $2::bigint[], $3::integer[], $4::integer[],
-                         $5::uuid[], $6::uuid[], $7::bytea[], $8::bytea[]) RETURNING position",
-                )
-                .bind(&streams)
-                .bind(versions)
-                .bind(vec![1; BATCH])
-                .bind(vec![2; BATCH])
-                .bind(&ids)
-                .bind(&ids)
-                .bind(vec![&*new.payload; BATCH])
-                .bind(vec![&*new.metadata; BATCH])
-                .fetch_all(&mut connection)
-                .await
-                .unwrap();
+                let rows = writer.batch().into_iter().map(|(id, version)| (id, version as i64 + 1));
+                insert(&mut connection, &event, rows).await;
             }
             writer.connection = Some(connection);
             writer
         }
     };
-    let costs = fill(part, shape, "raw_bench", insert).await;
+    let costs = fill(part, shape, "raw_bench", write).await;
     setup.execute("DROP SCHEMA raw_bench CASCADE").await.unwrap();
     costs
 }

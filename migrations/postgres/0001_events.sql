@@ -55,8 +55,8 @@ CREATE INDEX events_by_command_id ON storied.events (command_id, stream, version
 -- The table only grows: without this setting, the visibility map would lag far behind.
 ALTER TABLE storied.events SET (autovacuum_vacuum_insert_scale_factor = 0.05);
 
--- The events whose correlation id is not the id of their command: those of nested commands. Beside the
--- log, so that all other events take no space for it.
+-- The events whose correlation id is not the id of their command: those of nested commands. Not a
+-- column of the log, so that all other events take no space for it.
 CREATE TABLE storied.correlations (
     correlation_id uuid   NOT NULL,
     position       bigint NOT NULL,                              -- position of the event

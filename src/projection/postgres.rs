@@ -36,9 +36,11 @@ const MARKED: &str =
 ///
 /// Clones are handles to the same pool. Any number of projections may share it; each uses one of
 /// its connections during a transaction. Unless the pool is exhausted, the connection then waits
-/// 100 ms for the next transaction, and the pool gets it back at least once a second. While
-/// a projection that follows the bus reads its events, a transaction may begin on such a connection:
-/// `now()` is up to 100 ms before `apply`. This needs the isolation level read committed.
+/// 100 ms for the next transaction, and the pool gets it back at least once a second.
+///
+/// While the events of a projection that follows the bus are read, a transaction may begin on such a
+/// connection: `now()` is up to 100 ms before `apply`. At other isolation levels than read committed,
+/// it begins after the read.
 ///
 /// All nodes share the read model: one node owns each projection. A stale owner is fenced at its
 /// commit, because the checkpoint has moved since its last write. The database may be that of the

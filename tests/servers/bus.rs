@@ -1,6 +1,7 @@
 //! Tests of every bus: the promises of the port, against real servers that are killed, paused,
 //! restarted and wiped.
 
+mod begins_ahead;
 mod certificates;
 mod claims;
 mod cluster;

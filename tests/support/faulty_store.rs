@@ -46,6 +46,7 @@ pub struct FaultyStore {
     held: Arc<AtomicUsize>,
     events_read: Arc<AtomicUsize>,
     looked_up: Arc<AtomicUsize>,
+    marks_read: Arc<AtomicUsize>,
 }
 
 impl FaultyStore {
@@ -63,6 +64,7 @@ impl FaultyStore {
             held: Arc::default(),
             events_read: Arc::default(),
             looked_up: Arc::default(),
+            marks_read: Arc::default(),
         }
     }
 
@@ -148,6 +150,11 @@ impl FaultyStore {
         self.looked_up.load(Ordering::SeqCst)
     }
 
+    /// Returns the number of queries of the high-water mark.
+    pub fn marks_read(&self) -> usize {
+        self.marks_read.load(Ordering::SeqCst)
+    }
+
     pub fn events_read(&self) -> usize {
         self.events_read.load(Ordering::SeqCst)
     }
@@ -221,10 +228,14 @@ impl EventStore for FaultyStore {
     }
 
     fn read_log(&self, read: ReadLog) -> BoxFuture<'_, Result<LogPage, StoreError>> {
-        self.inner.read_log(read)
+        Box::pin(async move {
+            until(&self.holding_reads).await;
+            self.inner.read_log(read).await
+        })
     }
 
     fn high_water_mark(&self) -> BoxFuture<'_, Result<Position, StoreError>> {
+        self.marks_read.fetch_add(1, Ordering::SeqCst);
         self.inner.high_water_mark()
     }
 

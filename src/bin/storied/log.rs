@@ -128,7 +128,7 @@ async fn show(store: &dyn EventStore, args: Show, out: &mut Output) -> Result<()
     printer.end()
 }
 
-/// Reads a page of the events of a command or with a correlation id.
+/// Reads a page of the events with a correlation id.
 async fn correlated(
     store: &dyn EventStore,
     id: Uuid,
