@@ -8,12 +8,12 @@ use storied::projection::{ApplyError, FollowMode, PostgresReadModel};
 use storied::testing::Node;
 use storied::{
     AnyEvent, EventStore, MemoryStore, Position, Projection, ProjectionHandle, ProjectionOptions,
-    RecordedEvent,
+    PublisherState, RecordedEvent,
 };
 use tokio::time::Instant;
 
 use crate::bus::fixtures::*;
-use crate::support::{FaultyStore, PostgresServer};
+use crate::support::{FaultyStore, PostgresServer, eventually_async};
 
 struct Seen;
 
@@ -50,6 +50,7 @@ async fn a_transaction_begins_while_its_event_is_read() {
         let log = MemoryStore::new();
         let store: Arc<dyn EventStore> = Arc::new(log.clone());
         let publisher = Node::start(store.clone(), Some(Arc::new(bus)), blind(), publishing()).await;
+        eventually("publishing", || publisher.publisher().state == PublisherState::Publishing).await;
         // A store as of another process: only messages wake its readers.
         let reader = FaultyStore::apart(log);
         let apart: Arc<dyn EventStore> = Arc::new(reader.clone());
@@ -88,6 +89,14 @@ async fn a_transaction_begins_while_its_event_is_read() {
         }
 
         if kind == Kind::JetStream {
+            // The feed subscribes to the bus in the background.
+            eventually_async("the feed receives messages", async || {
+                let position = one().await;
+                reaches(&handle, position).await;
+                pause(200).await;
+                node.feed().position == Some(position)
+            })
+            .await;
             let (before, start) = (reader.marks_read(), Instant::now());
             for _ in 0..50 {
                 reaches(&handle, one().await).await;
