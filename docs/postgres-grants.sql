@@ -14,6 +14,8 @@ GRANT EXECUTE ON FUNCTION storied.high_water_mark, storied.command_events, stori
 GRANT SELECT, INSERT, UPDATE ON storied.leases, storied.snapshots, storied.controls, storied.publisher TO shop;
 GRANT SELECT, INSERT, UPDATE ON storied.projections, storied.checkpoints TO shop;
 GRANT SELECT, INSERT, UPDATE, DELETE ON storied.parked, storied.requests TO shop;
+GRANT SELECT, INSERT, UPDATE, DELETE ON storied.timers TO shop;
+GRANT EXECUTE ON FUNCTION storied.write_timers TO shop;
 GRANT SELECT, INSERT, DELETE ON storied.commands TO shop;
 GRANT UPDATE (recorded_at) ON storied.commands TO shop;  -- to lock records that are about to expire
 

@@ -1,6 +1,7 @@
 //! The event store port: an append-only log of streams and the state that must be stored beside it.
 //!
-//! That state is checkpoints, leases, snapshots, command records and the set of paused projections.
+//! That state is checkpoints, leases, snapshots, command records, timers and the set of paused
+//! projections.
 //!
 //! Every back end gives the same guarantees and passes the same suite (`storied::testing::store`):
 //!
@@ -35,6 +36,7 @@ mod lease;
 mod log_page;
 mod memory;
 mod memory_progress;
+mod memory_timers;
 mod page_size;
 #[cfg(feature = "postgres")]
 pub(crate) mod postgres;
@@ -45,6 +47,7 @@ mod snapshot;
 pub(crate) mod sql;
 #[cfg(feature = "sqlite")]
 pub(crate) mod sqlite;
+mod timer;
 mod version_check;
 
 pub use self::adoption::{Adopt, Adoption, Home};
@@ -73,4 +76,5 @@ pub use self::request::{Request, StoredRequest};
 pub use self::snapshot::{Snapshot, SnapshotRevision};
 #[cfg(feature = "sqlite")]
 pub use self::sqlite::{SqliteOptions, SqliteStore};
+pub use self::timer::{DueTimers, NewTimer, StoredTimer, TimerDue, TimerRef};
 pub use crate::future::BoxFuture;

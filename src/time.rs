@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use chrono::{DateTime, TimeDelta, Utc};
 use tokio::time::Instant;
 
 /// A wait in place of "no limit": 30 years, which every clock can represent.
@@ -12,6 +13,14 @@ pub(crate) const FAR: Duration = Duration::from_secs(30 * 365 * 24 * 60 * 60);
 /// `Instant + Duration` would panic instead.
 pub(crate) fn after(wait: Duration) -> Instant {
     Instant::now() + wait.min(FAR)
+}
+
+/// Returns the time `wait` after `now`, at most `DateTime::<Utc>::MAX_UTC`.
+pub(crate) fn later(now: DateTime<Utc>, wait: Duration) -> DateTime<Utc> {
+    TimeDelta::from_std(wait)
+        .ok()
+        .and_then(|wait| now.checked_add_signed(wait))
+        .unwrap_or(DateTime::<Utc>::MAX_UTC)
 }
 
 #[cfg(test)]

@@ -782,3 +782,75 @@ CREATE TABLE storied.commands (
         CHECK (recorded_at BETWEEN '0001-01-01 00:00:00+00' AND '9999-12-31 00:00:00+00')
 );
 CREATE INDEX commands_by_age ON storied.commands (recorded_at);
+
+-- Timers: wake-ups of the instances of processes.
+CREATE TABLE storied.timers (
+    process  text        NOT NULL COLLATE "C",
+    instance text        NOT NULL COLLATE "C",
+    name     text        NOT NULL COLLATE "C",                   -- empty: the resumption of the instance itself
+    version  bigint      NOT NULL CHECK (version >= 0),          -- a lower version never replaces a higher one
+    due_at   timestamptz NOT NULL
+        CHECK (due_at BETWEEN '0001-01-01 00:00:00+00' AND '9999-12-31 00:00:00+00'),
+    PRIMARY KEY (process, instance, name)
+);
+-- Each statement has one possible index, whatever the statistics say: the primary key does not fit the
+-- collation of look-ups by due time, and other statements do not contain the condition, which is true
+-- for every row. Both collations compare bytes.
+CREATE INDEX timers_by_due ON storied.timers (process COLLATE ucs_basic, due_at, instance, name) WHERE version >= 0;
+-- Timers come and go at the lower end of the index: dead rows there would slow down each look-up of
+-- due timers.
+ALTER TABLE storied.timers SET (autovacuum_vacuum_scale_factor = 0.02);
+
+-- Changes timers of a process, and returns the number of changed rows. The arrays have an element for
+-- each timer: the highest version that is removed, and the version and due time that are put, each
+-- null if there is none. The due time is a time, or microseconds after the clock.
+CREATE FUNCTION storied.write_timers(
+    of_process       text,
+    instances        text[],
+    timer_names      text[],
+    removed_versions bigint[],
+    put_versions     bigint[],
+    due_times        timestamptz[],
+    due_after        bigint[]
+) RETURNS bigint
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+SET plan_cache_mode = force_generic_plan
+SET enable_seqscan = off
+SET enable_bitmapscan = off
+AS $$
+DECLARE
+    started CONSTANT timestamptz := clock_timestamp();
+    changed bigint := 0;
+    affected bigint;
+    change  record;
+BEGIN
+    IF current_setting('synchronous_commit') = 'off' THEN
+        RAISE EXCEPTION 'synchronous_commit is off: timers would be reported before they are durable' USING ERRCODE = 'ST002';
+    END IF;
+    -- Sorted, so that calls with common timers wait in the same order.
+    FOR change IN
+        SELECT * FROM unnest(instances, timer_names, removed_versions, put_versions, due_times, due_after)
+            AS c (instance, name, removed, put, due_time, due_after)
+        ORDER BY c.instance COLLATE "C", c.name COLLATE "C"
+    LOOP
+        IF change.removed IS NOT NULL THEN
+            DELETE FROM storied.timers AS t
+            WHERE t.process = of_process AND t.instance = change.instance AND t.name = change.name
+                AND t.version <= change.removed;
+            GET DIAGNOSTICS affected = ROW_COUNT;
+            changed := changed + affected;
+        END IF;
+        IF change.put IS NOT NULL THEN
+            INSERT INTO storied.timers AS t (process, instance, name, version, due_at)
+            VALUES (of_process, change.instance, change.name, change.put,
+                coalesce(change.due_time, started + change.due_after * interval '1 microsecond'))
+            ON CONFLICT (process, instance, name) DO UPDATE SET version = excluded.version, due_at = excluded.due_at
+            WHERE t.version < excluded.version OR t.version = excluded.version AND t.name = '';
+            GET DIAGNOSTICS affected = ROW_COUNT;
+            changed := changed + affected;
+        END IF;
+    END LOOP;
+    RETURN changed;
+END $$;
+REVOKE EXECUTE ON FUNCTION storied.write_timers FROM PUBLIC;

@@ -153,3 +153,15 @@ CREATE TABLE storied_commands (
 ) STRICT, WITHOUT ROWID;
 
 CREATE INDEX storied_commands_by_age ON storied_commands (recorded_at);
+
+-- Timers: wake-ups of the instances of processes.
+CREATE TABLE storied_timers (
+    process  TEXT    NOT NULL,
+    instance TEXT    NOT NULL,
+    name     TEXT    NOT NULL,                -- empty: the resumption of the instance itself
+    version  INTEGER NOT NULL,                -- a lower version never replaces a higher one
+    due_at   INTEGER NOT NULL,                -- microseconds since 1970
+    PRIMARY KEY (process, instance, name)
+) STRICT, WITHOUT ROWID;
+
+CREATE INDEX storied_timers_by_due ON storied_timers (process, due_at, instance, name);

@@ -34,22 +34,9 @@ impl StreamId {
     /// # Errors
     /// As [`new`](Self::new).
     pub fn of(category: &Category, id: impl fmt::Display) -> Result<Self, InvalidName> {
-        let invalid = |reason: String| Err(InvalidName(reason));
         let id = id.to_string();
-        if id.is_empty() {
-            return invalid("empty aggregate id; use 1 to 400 bytes of text".into());
-        }
-        if id.len() > MAX_ID {
-            let length = id.len();
-            return invalid(format!(
-                "aggregate id too long: {length} bytes (limit {MAX_ID}); use a shorter id"
-            ));
-        }
-        if let Some((at, _)) = id.char_indices().find(|(_, c)| c.is_control()) {
-            // PostgreSQL cannot store NUL, and the others are unreadable.
-            return invalid(format!(
-                "invalid aggregate id: control character at byte {at}; use printable text"
-            ));
+        if let Some(problem) = id_problem("aggregate id", &id) {
+            return Err(InvalidName(problem));
         }
         Ok(Self { category: category.clone(), id: id.into() })
     }
@@ -79,6 +66,20 @@ impl StreamId {
     pub fn id(&self) -> &str {
         &self.id
     }
+}
+
+/// Returns the reason why a text cannot be the id of a stream; `what` names it in the reason.
+pub(crate) fn id_problem(what: &str, id: &str) -> Option<String> {
+    if id.is_empty() {
+        return Some(format!("empty {what}; use 1 to {MAX_ID} bytes of text"));
+    }
+    if id.len() > MAX_ID {
+        let length = id.len();
+        return Some(format!("{what} too long: {length} bytes (limit {MAX_ID}); use a shorter id"));
+    }
+    // PostgreSQL cannot store NUL, and the others are unreadable.
+    let (at, _) = id.char_indices().find(|(_, c)| c.is_control())?;
+    Some(format!("invalid {what}: control character at byte {at}; use printable text"))
 }
 
 impl fmt::Display for StreamId {

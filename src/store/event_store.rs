@@ -21,6 +21,7 @@ use super::progress::{
 };
 use super::request::{Request, StoredRequest};
 use super::snapshot::Snapshot;
+use super::timer::{DueTimers, NewTimer, StoredTimer, TimerRef};
 use crate::event::{Position, RecordedEvent, StreamId, Version};
 use crate::future::BoxFuture;
 
@@ -286,6 +287,54 @@ pub trait EventStore: Send + Sync + 'static {
         age: std::time::Duration,
         limit: usize,
     ) -> BoxFuture<'_, Result<usize, StoreError>>;
+
+    /// Removes and then puts timers of a process, all in one transaction or none.
+    ///
+    /// A process has one timer of each instance and name. A removal applies to a timer whose version
+    /// is at most the given one. A put inserts the timer, or replaces one of a lower version. Timers
+    /// of the same or a higher version stay, so repeating the call moves no due time. A timer with
+    /// an empty name is also replaced by one of the same version: putting it again reschedules the
+    /// instance. If a call puts a timer twice, the higher version wins.
+    ///
+    /// The store's clock is the one of its leases. The call is idempotent: after an error without a
+    /// known outcome, repeat it.
+    ///
+    /// # Errors
+    /// `Invalid` if the process, an instance or a name is no text that the id of a stream may be;
+    /// only a name may be empty.
+    fn write_timers<'a>(
+        &'a self,
+        process: &'a str,
+        put: Vec<NewTimer>,
+        remove: Vec<TimerRef>,
+    ) -> BoxFuture<'a, Result<(), StoreError>>;
+
+    /// Returns the timers of a process that are due by the store's clock, at most `limit`.
+    ///
+    /// The oldest due time is first. Also returns when the next timer is due. Reads no timer after
+    /// that one, however many are pending.
+    ///
+    /// # Errors
+    /// `Invalid` if `limit` is above 10,000 ([`StoredTimer::MAX_LIMIT`]).
+    fn due_timers<'a>(
+        &'a self,
+        process: &'a str,
+        limit: usize,
+    ) -> BoxFuture<'a, Result<DueTimers, StoreError>>;
+
+    /// Returns timers of a process, or of all, after the last timer of the previous page.
+    ///
+    /// Their order is that of due time, process, instance and name. Returns fewer than `limit` only
+    /// at the end. Only the four parts of the order of `after` matter.
+    ///
+    /// # Errors
+    /// `Invalid` if `limit` is above 10,000 ([`StoredTimer::MAX_LIMIT`]).
+    fn timers<'a>(
+        &'a self,
+        process: Option<&'a str>,
+        after: Option<&'a StoredTimer>,
+        limit: usize,
+    ) -> BoxFuture<'a, Result<Vec<StoredTimer>, StoreError>>;
 }
 
 /// A value that [`Builder::store`](crate::runtime::Builder::store) accepts: a store or a shared

@@ -10,16 +10,18 @@ use uuid::Uuid;
 
 use super::append::{SizeLimits, append_valid};
 use super::memory_progress::MemoryProgress;
+use super::memory_timers::MemoryTimers;
 use super::page_size::PageSizer;
 use super::version_check::StreamVersions;
 use super::{
     Append, AppendError, Appended, BoxFuture, Checkpoint, CheckpointError, CheckpointKey, CommandEvents,
-    CommandRecord, ControlChange, EventStore, Lease, LeaseInfo, LogPage, ParkedEvent, ProgressWrite,
-    ProjectionControl, PublisherCheckpoint, ReadLog, Request, Snapshot, StoreError, StoreInfo,
-    StoredProjection, StoredRequest,
+    CommandRecord, ControlChange, DueTimers, EventStore, Lease, LeaseInfo, LogPage, NewTimer, ParkedEvent,
+    ProgressWrite, ProjectionControl, PublisherCheckpoint, ReadLog, Request, Snapshot, StoreError, StoreInfo,
+    StoredProjection, StoredRequest, StoredTimer, TimerRef,
 };
 use crate::codec::Codec;
 use crate::event::{Position, RecordedEvent, StreamId, Version};
+use crate::time::later;
 
 /// An event store in the memory of this process, with the same checks as the databases.
 ///
@@ -50,6 +52,7 @@ struct Data {
     snapshots: HashMap<StreamId, Snapshot>,
     commands: HashMap<Uuid, CommandRecord>,
     command_events: HashMap<(Uuid, StreamId), CommandEvents>,
+    timers: MemoryTimers,
 }
 
 impl Default for MemoryStore {
@@ -204,14 +207,6 @@ impl Data {
 /// Converts a position or version to an index; a number above `usize::MAX` is after every event.
 fn index(number: u64) -> usize {
     usize::try_from(number).unwrap_or(usize::MAX)
-}
-
-/// Returns `ttl` after `now`, at most `DateTime::<Utc>::MAX_UTC`.
-fn later(now: DateTime<Utc>, ttl: Duration) -> DateTime<Utc> {
-    chrono::TimeDelta::from_std(ttl)
-        .ok()
-        .and_then(|ttl| now.checked_add_signed(ttl))
-        .unwrap_or(DateTime::<Utc>::MAX_UTC)
 }
 
 impl EventStore for MemoryStore {
@@ -421,5 +416,31 @@ impl EventStore for MemoryStore {
             old.iter().for_each(|id| _ = data.commands.remove(id));
             Ok(old.len())
         })
+    }
+
+    fn write_timers<'a>(
+        &'a self,
+        process: &'a str,
+        put: Vec<NewTimer>,
+        remove: Vec<TimerRef>,
+    ) -> BoxFuture<'a, Result<(), StoreError>> {
+        Box::pin(async move { self.data().timers.write(process, put, remove) })
+    }
+
+    fn due_timers<'a>(
+        &'a self,
+        process: &'a str,
+        limit: usize,
+    ) -> BoxFuture<'a, Result<DueTimers, StoreError>> {
+        Box::pin(async move { self.data().timers.due(process, limit) })
+    }
+
+    fn timers<'a>(
+        &'a self,
+        process: Option<&'a str>,
+        after: Option<&'a StoredTimer>,
+        limit: usize,
+    ) -> BoxFuture<'a, Result<Vec<StoredTimer>, StoreError>> {
+        Box::pin(async move { self.data().timers.list(process, after, limit) })
     }
 }

@@ -43,6 +43,7 @@ mod statements;
 mod stuck;
 mod tail_cache;
 mod tailer;
+mod timers;
 mod transaction_pool;
 
 use std::collections::BTreeMap;
@@ -69,9 +70,9 @@ pub(crate) use self::statements::Schema;
 pub(crate) use self::transaction_pool::{BorrowedTransaction, TransactionPool};
 use super::{
     Adopt, Append, AppendError, Appended, BoxFuture, Checkpoint, CheckpointError, CheckpointKey,
-    CommandEvents, CommandRecord, ControlChange, EventStore, HighWaterStall, Lease, LeaseInfo, LogPage,
-    ParkedEvent, ProgressWrite, ProjectionControl, PublisherCheckpoint, ReadLog, Request, Snapshot,
-    StoreError, StoreInfo, StoredProjection, StoredRequest,
+    CommandEvents, CommandRecord, ControlChange, DueTimers, EventStore, HighWaterStall, Lease, LeaseInfo,
+    LogPage, NewTimer, ParkedEvent, ProgressWrite, ProjectionControl, PublisherCheckpoint, ReadLog, Request,
+    Snapshot, StoreError, StoreInfo, StoredProjection, StoredRequest, StoredTimer, TimerRef,
 };
 use crate::event::{Position, RecordedEvent, StreamId, Version};
 use crate::panic::panic_text;
@@ -406,5 +407,31 @@ impl EventStore for PostgresStore {
     fn forget_commands(&self, age: Duration, limit: usize) -> BoxFuture<'_, Result<usize, StoreError>> {
         let forget = commands::forget_commands(&self.shared.core, age, limit);
         self.call("deleting old command records", forget)
+    }
+
+    fn write_timers<'a>(
+        &'a self,
+        process: &'a str,
+        put: Vec<NewTimer>,
+        remove: Vec<TimerRef>,
+    ) -> BoxFuture<'a, Result<(), StoreError>> {
+        self.commit("writing timers", timers::write_timers(&self.shared.core, process, put, remove))
+    }
+
+    fn due_timers<'a>(
+        &'a self,
+        process: &'a str,
+        limit: usize,
+    ) -> BoxFuture<'a, Result<DueTimers, StoreError>> {
+        self.call("reading due timers", timers::due_timers(&self.shared.core, process, limit))
+    }
+
+    fn timers<'a>(
+        &'a self,
+        process: Option<&'a str>,
+        after: Option<&'a StoredTimer>,
+        limit: usize,
+    ) -> BoxFuture<'a, Result<Vec<StoredTimer>, StoreError>> {
+        self.call("listing timers", timers::timers(&self.shared.core, process, after, limit))
     }
 }

@@ -20,6 +20,7 @@ mod schema;
 mod shared;
 mod snapshots;
 mod tailer;
+mod timers;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -40,11 +41,12 @@ use self::progress::{CONTROLS, PROGRESS};
 pub(crate) use self::schema::home;
 use self::shared::Shared;
 use super::page_size::PageSizer;
+use super::timer::timer_changes;
 use super::{
     Adopt, Append, AppendError, Appended, BoxFuture, Checkpoint, CheckpointError, CheckpointKey,
-    CommandEvents, CommandRecord, ControlChange, EventStore, Lease, LeaseInfo, LogPage, ParkedEvent,
-    ProgressWrite, ProjectionControl, PublisherCheckpoint, ReadLog, Request, Snapshot, StoreError, StoreInfo,
-    StoredProjection, StoredRequest,
+    CommandEvents, CommandRecord, ControlChange, DueTimers, EventStore, Lease, LeaseInfo, LogPage, NewTimer,
+    ParkedEvent, ProgressWrite, ProjectionControl, PublisherCheckpoint, ReadLog, Request, Snapshot,
+    StoreError, StoreInfo, StoredProjection, StoredRequest, StoredTimer, TimerRef,
 };
 use crate::event::{Position, RecordedEvent, StreamId, Version};
 
@@ -386,6 +388,38 @@ impl EventStore for SqliteStore {
         Box::pin(self.transaction("deleting old command records", move |connection| {
             Box::pin(command_records::forget_commands(connection, age, limit))
         }))
+    }
+
+    fn write_timers<'a>(
+        &'a self,
+        process: &'a str,
+        put: Vec<NewTimer>,
+        remove: Vec<TimerRef>,
+    ) -> BoxFuture<'a, Result<(), StoreError>> {
+        Box::pin(async move {
+            let (changes, process) = (timer_changes(process, put, remove)?, process.to_owned());
+            self.transaction("writing timers", move |connection| {
+                Box::pin(timers::write_timers(connection, process, changes))
+            })
+            .await
+        })
+    }
+
+    fn due_timers<'a>(
+        &'a self,
+        process: &'a str,
+        limit: usize,
+    ) -> BoxFuture<'a, Result<DueTimers, StoreError>> {
+        on_reader!(self, "reading due timers", reader => timers::due_timers(reader, process, limit))
+    }
+
+    fn timers<'a>(
+        &'a self,
+        process: Option<&'a str>,
+        after: Option<&'a StoredTimer>,
+        limit: usize,
+    ) -> BoxFuture<'a, Result<Vec<StoredTimer>, StoreError>> {
+        on_reader!(self, "listing timers", reader => timers::timers(reader, process, after, limit))
     }
 }
 

@@ -382,4 +382,30 @@ impl EventStore for FaultyStore {
     fn forget_commands(&self, age: Duration, limit: usize) -> BoxFuture<'_, Result<usize, StoreError>> {
         self.inner.forget_commands(age, limit)
     }
+
+    fn write_timers<'a>(
+        &'a self,
+        process: &'a str,
+        put: Vec<storied::store::NewTimer>,
+        remove: Vec<storied::store::TimerRef>,
+    ) -> BoxFuture<'a, Result<(), StoreError>> {
+        self.inner.write_timers(process, put, remove)
+    }
+
+    fn due_timers<'a>(
+        &'a self,
+        process: &'a str,
+        limit: usize,
+    ) -> BoxFuture<'a, Result<storied::store::DueTimers, StoreError>> {
+        self.inner.due_timers(process, limit)
+    }
+
+    fn timers<'a>(
+        &'a self,
+        process: Option<&'a str>,
+        after: Option<&'a storied::store::StoredTimer>,
+        limit: usize,
+    ) -> BoxFuture<'a, Result<Vec<storied::store::StoredTimer>, StoreError>> {
+        self.inner.timers(process, after, limit)
+    }
 }

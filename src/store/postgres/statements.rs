@@ -251,5 +251,46 @@ statements! {
             SELECT id FROM storied.commands
             WHERE recorded_at <= (SELECT clock_timestamp() - $1 * interval '1 microsecond')
             ORDER BY recorded_at LIMIT $2 FOR UPDATE SKIP LOCKED))",
+        write_timers: "SELECT storied.write_timers($1, $2, $3, $4, $5, $6, $7)",
+        // The due timers, and the next one; one row without a timer if there is none, so that a
+        // standby always evaluates the clock. The time comes from a subquery, because an index cannot
+        // be searched for a volatile value. The collation and `version >= 0` choose the index.
+        due_timers: "WITH clock AS MATERIALIZED (
+                SELECT clock_timestamp() AS now WHERE pg_current_wal_lsn() IS NOT NULL
+            )
+            SELECT e.process, e.instance, e.name, e.version, e.due_at, c.now
+            FROM clock AS c LEFT JOIN (
+                (SELECT process, instance, name, version, due_at FROM storied.timers
+                    WHERE (process COLLATE ucs_basic, due_at) >= ($1, '-infinity')
+                        AND (process COLLATE ucs_basic, due_at) <= ($1, (SELECT now FROM clock)) AND version >= 0
+                    ORDER BY process COLLATE ucs_basic, due_at, instance, name LIMIT $2)
+                UNION ALL
+                (SELECT process, instance, name, version, due_at FROM storied.timers
+                    WHERE (process COLLATE ucs_basic, due_at) > ($1, (SELECT now FROM clock))
+                        AND (process COLLATE ucs_basic, due_at) <= ($1, 'infinity') AND version >= 0
+                    ORDER BY process COLLATE ucs_basic, due_at, instance, name LIMIT 1)
+            ) AS e ON true ORDER BY e.due_at, e.instance, e.name",
+        // One page of each process, after the timer at $2 to $5: at its due time, only processes after
+        // its own have more timers.
+        timers: "WITH RECURSIVE processes AS (
+                SELECT coalesce($1, (SELECT t.process FROM storied.timers AS t WHERE t.process > '' ORDER BY t.process LIMIT 1)) AS process
+                FROM (SELECT pg_current_wal_lsn() AS lsn OFFSET 0) AS server WHERE server.lsn IS NOT NULL
+                UNION ALL
+                SELECT (SELECT t.process FROM storied.timers AS t WHERE t.process > p.process ORDER BY t.process LIMIT 1)
+                FROM processes AS p WHERE p.process IS NOT NULL AND $1 IS NULL
+            )
+            SELECT f.process, f.instance, f.name, f.version, f.due_at
+            FROM (
+                SELECT p.process,
+                    coalesce($2, '-infinity') + CASE WHEN p.process < $3 THEN interval '1 microsecond' ELSE interval '0' END AS due_at,
+                    CASE WHEN p.process = $3 THEN $4 ELSE '' END AS instance,
+                    CASE WHEN p.process = $3 THEN $5 ELSE '' END AS name
+                FROM processes AS p WHERE p.process IS NOT NULL OFFSET 0
+            ) AS start CROSS JOIN LATERAL (
+                SELECT t.process, t.instance, t.name, t.version, t.due_at FROM storied.timers AS t
+                WHERE (t.process COLLATE ucs_basic, t.due_at, t.instance, t.name) > (start.process, start.due_at, start.instance, start.name)
+                    AND t.process COLLATE ucs_basic <= start.process AND t.version >= 0
+                ORDER BY t.process COLLATE ucs_basic, t.due_at, t.instance, t.name LIMIT $6
+            ) AS f ORDER BY f.due_at, f.process, f.instance, f.name LIMIT $6",
     }
 }

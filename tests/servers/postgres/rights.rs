@@ -2,7 +2,7 @@
 
 use sqlx::{AssertSqlSafe, Executor, PgConnection, PgPool, Row};
 use storied::projection::ReadModel;
-use storied::store::{AppendError, CheckpointKey, ControlChange, Request};
+use storied::store::{AppendError, CheckpointKey, ControlChange, Request, TimerRef};
 use storied::{
     EventStore, ExpectedVersion, Position, PostgresOptions, PostgresReadModel, PostgresStore, StoreError,
     Version,
@@ -88,14 +88,14 @@ async fn nothing_else_is_granted() {
              leases INSERT SELECT UPDATE, meta SELECT, migrations SELECT, names SELECT, parked DELETE INSERT SELECT UPDATE, \
              positions SELECT, projections INSERT SELECT UPDATE, publisher INSERT SELECT UPDATE, \
              read_model_migrations SELECT, requests DELETE INSERT SELECT UPDATE, snapshots INSERT SELECT UPDATE, \
-             streams SELECT; \
-             append, append_known, append_one, command_events, high_water_mark, number_names, server, stream_number",
+             streams SELECT, timers DELETE INSERT SELECT UPDATE; \
+             append, append_known, append_one, command_events, high_water_mark, number_names, server, stream_number, write_timers",
         ),
         (
             "shop_reader",
             "checkpoints SELECT, commands SELECT, controls SELECT, correlations SELECT, events SELECT, leases SELECT, meta SELECT, \
              migrations SELECT, names SELECT, parked SELECT, positions SELECT, projections SELECT, publisher SELECT, \
-             read_model_migrations SELECT, requests SELECT, snapshots SELECT, streams SELECT; \
+             read_model_migrations SELECT, requests SELECT, snapshots SELECT, streams SELECT, timers SELECT; \
              high_water_mark, server, stream_number",
         ),
         (
@@ -319,6 +319,7 @@ async fn a_login_with_the_documented_rights_can_append_and_nothing_else() {
         "DELETE FROM storied.snapshots",
         "UPDATE storied.commands SET outcome = ''",
         "TRUNCATE storied.commands",
+        "TRUNCATE storied.timers",
         // Settings of other sessions, and other logins.
         "ALTER ROLE storied SET synchronous_commit = off",
         "ALTER DATABASE postgres SET synchronous_commit = off",
@@ -553,13 +554,17 @@ async fn readers_and_read_models_have_less() {
     assert_eq!(whole_log(&reader).await.len(), 3);
     assert_eq!(reader.read_stream(&stream("a"), Version::NONE, 10).await.unwrap().len(), 3);
     reader.leases().await.unwrap();
+    assert!(reader.timers(None, None, 10).await.unwrap().is_empty());
+    assert!(reader.due_timers("p", 10).await.unwrap().timers.is_empty());
     reader.stall().await.unwrap();
     let error = append(&reader, &stream("a"), exact(3), events(1)).await.unwrap_err();
     assert!(matches!(error, AppendError::Store(StoreError::Storage { .. })), "{error:?}");
     assert!(error.to_string().contains("docs/postgres-grants.sql"), "{error}");
+    let timer = TimerRef { instance: "i".into(), name: String::new(), version: Version::new(1) };
     for change in [
         reader.control("p", ControlChange::Pause).await.map(drop),
         reader.acquire_lease("l", uuid::Uuid::now_v7(), std::time::Duration::from_secs(1)).await.map(drop),
+        reader.write_timers("p", Vec::new(), vec![timer]).await,
     ] {
         assert!(matches!(change, Err(StoreError::Storage { .. })), "{change:?}");
     }
@@ -595,6 +600,7 @@ async fn values_that_storied_never_writes_are_errors() {
         INSERT INTO storied.parked VALUES ('p', 0, 0, 1, gen_random_uuid(), 'order', 'a', 1, 'order.placed', 'e', 1, now());
         INSERT INTO storied.commands VALUES ('00000000-0000-0000-0000-000000000001', 'n', gen_random_uuid(), '');
         INSERT INTO storied.snapshots VALUES ('order', 'a', 1, 1, '');
+        INSERT INTO storied.timers VALUES ('p', 'i', '', 1, now());
         ALTER TABLE storied.events DISABLE TRIGGER ALL";
     owner.execute(rows).await.unwrap();
     let mut program = connect(&as_user(&url, "shop")).await;
@@ -627,9 +633,12 @@ async fn values_that_storied_never_writes_are_errors() {
         ("commands", "recorded_at", never),
         ("snapshots", "version", negative),
         ("snapshots", "revision", negative),
+        ("timers", "due_at", never),
         ("events", "recorded_at", never),
         ("events", "position", negative),
     ];
+    // The index by due time has no row with such a version.
+    assert!(attempt(&mut program, "UPDATE storied.timers SET version = -1").await.is_err());
     let command = uuid::Uuid::from_u128(1);
     for (table, column, values) in columns {
         if table != "events" {
@@ -652,6 +661,7 @@ async fn values_that_storied_never_writes_are_errors() {
                 "parked" => store.parked(&CheckpointKey::new("p"), Position::START, 9).await.map(drop),
                 "commands" => store.command(command).await.map(drop),
                 "snapshots" => store.snapshot(&stream("a")).await.map(drop),
+                "timers" => store.timers(None, None, 9).await.and(store.due_timers("p", 9).await).map(drop),
                 _ => store.read_stream(&stream("a"), Version::NONE, 9).await.map(drop),
             };
             let StoreError::Corrupt { reason } = read.expect_err(&set) else { panic!("{set}") };

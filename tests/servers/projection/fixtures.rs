@@ -1010,6 +1010,32 @@ impl EventStore for Link {
     fn forget_commands(&self, age: Duration, limit: usize) -> BoxFuture<'_, Result<usize, StoreError>> {
         through!(self, self.inner.forget_commands(age, limit))
     }
+
+    fn write_timers<'a>(
+        &'a self,
+        process: &'a str,
+        put: Vec<storied::store::NewTimer>,
+        remove: Vec<storied::store::TimerRef>,
+    ) -> BoxFuture<'a, Result<(), StoreError>> {
+        through!(self, self.inner.write_timers(process, put, remove))
+    }
+
+    fn due_timers<'a>(
+        &'a self,
+        process: &'a str,
+        limit: usize,
+    ) -> BoxFuture<'a, Result<storied::store::DueTimers, StoreError>> {
+        through!(self, self.inner.due_timers(process, limit))
+    }
+
+    fn timers<'a>(
+        &'a self,
+        process: Option<&'a str>,
+        after: Option<&'a storied::store::StoredTimer>,
+        limit: usize,
+    ) -> BoxFuture<'a, Result<Vec<storied::store::StoredTimer>, StoreError>> {
+        through!(self, self.inner.timers(process, after, limit))
+    }
 }
 
 /// Appends from several tasks at once until dropped, at most `n` events in total.
