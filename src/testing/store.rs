@@ -27,6 +27,7 @@ pub mod lease;
 pub mod oracle;
 pub mod progress;
 pub mod read;
+pub mod timers;
 
 use std::any::Any;
 use std::fmt;
@@ -150,6 +151,20 @@ macro_rules! event_store_suite {
                 old_records_are_forgotten,
                 events_of_a_command_are_found,
                 events_are_found_by_their_correlation;
+            timers:
+                timers_are_put_and_removed,
+                the_version_of_a_timer_decides,
+                an_instance_is_rescheduled,
+                a_call_may_name_a_timer_twice,
+                due_timers_are_returned_oldest_first,
+                a_timer_becomes_due,
+                timers_are_listed_in_pages,
+                far_due_times_are_kept,
+                invalid_timers_are_refused,
+                timers_with_odd_names_are_kept_apart,
+                many_timers_are_written_at_once,
+                the_highest_of_many_rivals_wins,
+                concurrent_writes_of_many_timers_succeed;
             oracle:
                 rivals_on_one_stream_leave_no_gap,
                 followers_see_exactly_the_log,
