@@ -11,7 +11,8 @@ use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 use sqlx::{AssertSqlSafe, Executor};
 use storied::event::Category;
 use storied::store::{
-    Checkpoint, CheckpointKey, CommandRecord, ParkedEvent, ProgressWrite, Snapshot, StreamAppend,
+    Checkpoint, CheckpointKey, CommandRecord, NewTimer, ParkedEvent, ProgressWrite, Snapshot, StreamAppend,
+    TimerDue, TimerRef,
 };
 use storied::{
     EventName, EventStore, ExpectedVersion, Filter, Position, PostgresOptions, PostgresStore, ReadLog,
@@ -29,11 +30,11 @@ const STATEMENTS: [&str; 3] = [
 ];
 
 /// Tables that grow with the log. The others have a row for each projection or lease.
-const LARGE: [&str; 6] = ["events", "streams", "correlations", "commands", "snapshots", "parked"];
+const LARGE: [&str; 7] = ["events", "streams", "correlations", "commands", "snapshots", "parked", "timers"];
 
 /// The worst possible statistics.
 const LIES: [(&str, &str); 7] = [
-    ("the tables are empty", "VACUUM (ANALYZE) storied.events, storied.streams, storied.correlations, storied.commands, storied.snapshots, storied.parked"),
+    ("the tables are empty", "VACUUM (ANALYZE) storied.events, storied.streams, storied.correlations, storied.commands, storied.snapshots, storied.parked, storied.timers"),
     ("nothing is known", "SELECT 1"),
     (
         "no rows on many pages",
@@ -54,7 +55,7 @@ const LIES: [(&str, &str); 7] = [
     ),
     (
         "every value is the same",
-        "ANALYZE storied.events, storied.streams, storied.correlations, storied.commands, storied.snapshots, storied.parked;
+        "ANALYZE storied.events, storied.streams, storied.correlations, storied.commands, storied.snapshots, storied.parked, storied.timers;
          UPDATE pg_statistic SET stadistinct = 1, stakind1 = 0, stakind2 = 0, stakind3 = 0, stakind4 = 0, stakind5 = 0
          WHERE starelid IN (SELECT oid FROM pg_class WHERE relnamespace = 'storied'::regnamespace)",
     ),
@@ -185,12 +186,37 @@ async fn use_everything(url: &str, store: &PostgresStore, way: Way, many_first: 
     let unpark = ProgressWrite::Unpark { key: key(), position: recorded.position };
     store.write_progress(vec![unpark]).await.unwrap();
 
+    use_timers(store).await;
+
     // Only projections run these statements, in the database of a read model.
     let mut connection = connect(url).await;
     connection.execute("SET enable_seqscan = off; SET enable_bitmapscan = off").await.unwrap();
     let statements = statements();
     let sql = |name| AssertSqlSafe(statements[name].clone());
     sqlx::query(sql("records")).fetch_all(&mut connection).await.unwrap();
+}
+
+/// Makes the store run each of its statements on timers.
+async fn use_timers(store: &PostgresStore) {
+    let timer = |n: usize| NewTimer {
+        instance: format!("i{}", n / 3),
+        name: format!("{}", n % 3),
+        version: Version::new(1),
+        due: TimerDue::After(Duration::from_secs(n as u64 % 2 * 3_600)),
+    };
+    let removed =
+        |n: usize| TimerRef { instance: format!("i{n}"), name: "0".into(), version: Version::new(1) };
+    for process in ["p", "q", "r"] {
+        store.write_timers(process, (0..300).map(timer).collect(), Vec::new()).await.unwrap();
+        for _ in 0..7 {
+            store.write_timers(process, vec![timer(0)], vec![removed(1)]).await.unwrap();
+            assert_eq!(store.due_timers(process, 10).await.unwrap().timers.len(), 10);
+            let page = store.timers(Some(process), None, 10).await.unwrap();
+            store.timers(Some(process), page.last(), 10).await.unwrap();
+            store.timers(None, page.last(), 10).await.unwrap();
+        }
+    }
+    store.write_timers("p", Vec::new(), (0..100).map(removed).collect()).await.unwrap();
 }
 
 /// Extracts the statement and the scans of every plan in a log.
@@ -245,6 +271,8 @@ fn wrong(scan: &str) -> Option<&'static str> {
         "commands_by_age" => "recorded_at",
         "snapshots_pkey" => "category",
         "parked_pkey" => "projection",
+        "timers_pkey" => "process",
+        "timers_by_due" => "(process)::text",
         _ => return Some("an index that this test does not know"),
     };
     (!leads(first)).then_some("the index does not lead to the rows")
@@ -253,6 +281,9 @@ fn wrong(scan: &str) -> Option<&'static str> {
 /// Whether a statement of this kind uses the intended index of the log.
 fn meant(query: &str, scan: &str) -> bool {
     let by_name = query.contains("wanted.number, $1");
+    if query.contains("(process COLLATE ucs_basic, due_at)") && scan.contains(" on timers") {
+        return scan.contains("using timers_by_due ") && scan.contains("due_at");
+    }
     if !scan.contains(" on events") {
         return true;
     }

@@ -13,7 +13,9 @@ use serde::{Deserialize, Serialize};
 use sqlx::postgres::PgPoolOptions;
 use sqlx::{AssertSqlSafe, Executor, PgConnection, PgPool};
 use storied::projection::{ApplyError, Projection, ProjectionState};
-use storied::store::{AppendError, Checkpoint, CheckpointKey, CommandRecord, ProgressWrite};
+use storied::store::{
+    AppendError, Checkpoint, CheckpointKey, CommandRecord, NewTimer, ProgressWrite, TimerDue,
+};
 use storied::{
     Aggregate, AnyEvent, Context, Decided, Decision, Event, EventName, EventStore, ExecuteError, Filter,
     MemoryStore, NeverRejects, Position, PostgresOptions, PostgresReadModel, PostgresStore, ReadLog,
@@ -301,7 +303,7 @@ async fn commits_that_wait_do_not_add_up() {
 }
 
 /// Answers that rest on a read are as durable as others: a repeated command, a handler's record, a
-/// checkpoint and a lease.
+/// checkpoint, a lease and a repeated timer.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_answer_that_rests_on_a_read_is_on_the_standby() {
     let mut pair = Pair::start(true).await;
@@ -325,31 +327,43 @@ async fn an_answer_that_rests_on_a_read_is_on_the_standby() {
         );
         let name = id.to_string();
         let key = CheckpointKey::new(&name);
+        let timer = NewTimer {
+            instance: "i".into(),
+            name: "reminder".into(),
+            version: Version::new(1),
+            due: TimerDue::After(Duration::ZERO),
+        };
+        let put_timer = || store.write_timers(&name, vec![timer.clone()], Vec::new());
         pair.cut_off();
         let operator = Operator::start(&pair, action);
-        let (executed, recorded, saved, leased) = tokio::join!(
+        let (executed, recorded, saved, leased, put) = tokio::join!(
             deposit(),
             store.record_command(record.clone()),
             store.write_progress(vec![ProgressWrite::Checkpoint { key: key.clone(), from: none, to: first }]),
             store.acquire_lease(&name, id, Duration::from_secs(60)),
+            put_timer(),
         );
         assert!(matches!(executed, Err(ExecuteError::OutcomeUnknown { .. })), "{executed:?}");
         assert!(recorded.is_err() && saved.is_err() && leased.is_err(), "{recorded:?} {saved:?} {leased:?}");
+        assert!(matches!(put, Err(StoreError::Unavailable { .. })), "{put:?}");
         // All commits are visible now …
         let account = storied::StreamId::new("account", account).unwrap();
         eventually("it became visible", async || {
             !store.read_stream(&account, Version::NONE, 1).await.unwrap().is_empty()
                 && store.checkpoint(&key).await.unwrap() == first
                 && store.leases().await.unwrap().iter().any(|info| info.lease.name == name)
+                && !store.due_timers(&name, 1).await.unwrap().timers.is_empty()
         })
         .await;
         // … and none of them is an answer.
-        let (executed, recorded, found, leased) = tokio::join!(
+        let (executed, recorded, found, leased, put) = tokio::join!(
             deposit(),
             store.record_command(record.clone()),
             store.command(id),
             store.acquire_lease(&name, id, Duration::from_secs(60)),
+            put_timer(),
         );
+        assert!(matches!(put, Err(StoreError::Unavailable { .. })), "{put:?}");
         assert!(matches!(executed, Err(ExecuteError::OutcomeUnknown { .. })), "{executed:?}");
         assert!(recorded.is_err() && found.is_err() && leased.is_err(), "{recorded:?} {found:?} {leased:?}");
         operator.stop().await;
@@ -358,6 +372,7 @@ async fn an_answer_that_rests_on_a_read_is_on_the_standby() {
         assert_eq!(store.record_command(record.clone()).await.unwrap().outcome, record.outcome);
         assert_eq!(store.command(id).await.unwrap().unwrap().outcome, record.outcome);
         assert!(store.acquire_lease(&name, id, Duration::from_secs(60)).await.unwrap().is_some());
+        put_timer().await.unwrap();
     }
     let log = pair.fail_over().await;
     let there: HashSet<String> = log.iter().map(|event| event.stream.id().to_owned()).collect();
@@ -551,7 +566,7 @@ async fn nothing_is_read_on_a_standby() {
         proxy.connect_to(Some(to));
         let since = Instant::now();
         let mut refused = 0;
-        while refused < 6 {
+        while refused < 8 {
             assert!(since.elapsed() < Duration::from_secs(30));
             let answers = [
                 // The mark is cached, so the statement of the page has to refuse.
@@ -564,6 +579,8 @@ async fn nothing_is_read_on_a_standby() {
                 store.command(id).await.err(),
                 store.event_id_at(last).await.err(),
                 store.high_water_mark().await.err(),
+                store.due_timers("p", 10).await.err(),
+                store.timers(None, None, 10).await.err(),
             ];
             let mut answers = Vec::from(answers);
             if !matches!(way, Way::Direct) {
