@@ -19,11 +19,13 @@ mod dispatcher;
 mod endpoint;
 #[cfg_attr(not(feature = "nats"), allow(dead_code, reason = "parts serve other nodes"))]
 mod envelope;
+mod erased;
 mod execute;
 mod execute_and_wait;
 mod execute_command;
 mod handler;
 mod hooks;
+mod local_aggregates;
 #[cfg(feature = "nats")]
 mod nats;
 #[cfg_attr(not(feature = "nats"), allow(dead_code, reason = "parts serve other nodes"))]
@@ -41,14 +43,17 @@ pub use self::dispatched::{Dispatched, Report};
 pub(crate) use self::dispatcher::Dispatcher;
 pub(crate) use self::envelope::Envelope;
 pub use self::envelope::{ASSIGN_TIMEOUT, RECEIVE_TIMEOUT};
+pub(crate) use self::erased::{ErasedAnswer, ErasedCommand};
 pub use self::execute::Execute;
 pub use self::execute_and_wait::{Applied, ExecuteAndWait, ProjectionLag};
 pub use self::execute_command::{Command, ExecuteCommand};
 pub(crate) use self::handler::HandlerShared;
 pub use self::handler::{HandleError, Handled, Handler, HandlerContext, HandlerOptions, HandlerStatus};
 pub use self::hooks::{CommandEnd, CommandInfo};
+pub(crate) use self::local_aggregates::LocalAggregates;
 #[cfg(feature = "nats")]
 pub use self::nats::NatsCommandOptions;
 pub(crate) use self::registry::Registry;
 pub use self::target::{Target, ToAggregate, ToHandler};
+pub(crate) use self::wire::Kind;
 pub use crate::aggregate::{ExecuteError, NoReplyKind, NotExecutedKind, Receipt};

@@ -74,6 +74,7 @@ mod notice;
 mod outage;
 mod panic;
 mod partition;
+pub mod process;
 pub mod projection;
 pub mod publisher;
 mod rate_limit;
@@ -107,6 +108,7 @@ pub use self::feed::{FeedOptions, FeedStatus};
 pub use self::future::BoxFuture;
 pub use self::invalid_option::InvalidOption;
 pub use self::partition::Partition;
+pub use self::process::{Process, ProcessOptions};
 #[cfg(feature = "postgres")]
 pub use self::projection::PostgresReadModel;
 #[cfg(feature = "sqlite")]

@@ -67,7 +67,7 @@ pub use self::options::{FailurePolicy, FollowMode, ProjectionOptions, Schedule, 
 #[cfg(feature = "postgres")]
 pub use self::postgres::{PostgresOpen, PostgresReadModel};
 pub use self::request::Answer;
-use self::sealed::Sealed;
+pub(crate) use self::sealed::Sealed;
 pub use self::snapshot::{SnapshotState, Snapshots};
 #[cfg(feature = "sqlite")]
 pub use self::sqlite::{SqliteOpen, SqliteReadModel};

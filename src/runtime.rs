@@ -4,6 +4,7 @@ mod builder;
 mod commands;
 mod error;
 mod inner;
+mod processes;
 mod projections;
 mod shutdown;
 mod status;
@@ -20,6 +21,7 @@ pub use self::shutdown::ShutdownError;
 pub use self::status::RuntimeStatus;
 use crate::aggregate::Aggregate;
 use crate::command::{Command, Envelope, Execute, ExecuteCommand, Handler, ToAggregate, ToHandler};
+use crate::process::{InstanceHandle, Process};
 use crate::projection::ProjectionHandle;
 use crate::store::EventStore;
 
@@ -73,11 +75,19 @@ impl Runtime {
     /// # Errors
     /// If no projection of that name is registered on this node.
     pub fn projection(&self, name: &str) -> Result<&ProjectionHandle, UnknownProjection> {
-        let projections = &self.inner.projections;
-        projections.iter().find(|projection| projection.name() == name).ok_or_else(|| UnknownProjection {
+        let followers = self.inner.processes.iter().map(|process| process.follower());
+        let mut projections = self.inner.projections.iter().chain(followers);
+        projections.clone().find(|projection| projection.name() == name).ok_or_else(|| UnknownProjection {
             name: name.to_owned(),
-            known: projections.iter().map(|projection| projection.name().to_owned()).collect(),
+            known: projections.by_ref().map(|projection| projection.name().to_owned()).collect(),
         })
+    }
+
+    /// Returns the handle of an instance of a process, on any node.
+    ///
+    /// The process need not run on this node.
+    pub fn process<P: Process>(&self, id: impl fmt::Display) -> InstanceHandle<P> {
+        InstanceHandle::new(self.inner.store.clone(), id.to_string())
     }
 
     /// Returns the event store.
@@ -89,6 +99,8 @@ impl Runtime {
     pub async fn status(&self) -> RuntimeStatus {
         let (aggregates, handlers) = self.inner.commands.registry().status();
         let projections = self.inner.projections.iter();
+        let followers = self.inner.processes.iter().map(|process| process.follower());
+        let projections = projections.chain(followers);
         let projections = projections.map(|one| (one.name().to_owned(), one.status())).collect();
         RuntimeStatus {
             node: self.inner.node,
@@ -98,6 +110,7 @@ impl Runtime {
             writer: self.inner.writer.status(),
             aggregates,
             handlers,
+            processes: self.inner.processes.iter().map(|process| process.status()).collect(),
             commands: self.inner.commands.status(),
             bus: self.inner.bus.as_ref().map(|bus| bus.state()),
             publisher: self.inner.publisher_status(),

@@ -9,6 +9,7 @@ use tokio::time::Instant;
 #[cfg(feature = "nats")]
 use uuid::Uuid;
 
+use super::NotExecutedKind;
 #[cfg(feature = "nats")]
 use super::bus::CommandBus;
 use super::bus::CommandBusStatus;
@@ -19,7 +20,6 @@ use super::nats::NatsNode;
 use super::registry::Registry;
 use super::route::Route;
 use super::wire::{CommandFrame, Failure, Kind, Outcome};
-use super::{ExecuteError, NotExecutedKind};
 use crate::future::BoxFuture;
 use crate::projection::ProjectionHandle;
 #[cfg(feature = "nats")]
@@ -130,20 +130,20 @@ impl Dispatcher {
         }
     }
 
-    /// Routes a command. `able`: whether this node accepts it.
-    pub(super) fn route<E>(
+    /// Routes a command; `None` if no node handles it. `able`: whether this node accepts it.
+    pub(super) fn route(
         &self,
         kind: Kind,
-        name: &'static str,
+        name: &str,
         info: &CommandInfo<'_>,
         envelope: &Envelope,
         able: bool,
-    ) -> Result<Route, ExecuteError<E>> {
+    ) -> Result<Option<Route>, NotExecutedKind> {
         if self.closing.load(Ordering::Acquire) && !envelope.is_nested() {
-            return Err(NotExecutedKind::ShuttingDown.into());
+            return Err(NotExecutedKind::ShuttingDown);
         }
         if self.executor.is_finished() {
-            return Err(NotExecutedKind::ExecutorEnded.into());
+            return Err(NotExecutedKind::ExecutorEnded);
         }
         #[cfg(feature = "nats")]
         if let Some(nats) = self.nats.get() {
@@ -159,20 +159,21 @@ impl Dispatcher {
             };
             return nats
                 .route(kind, name, spread, able)
-                .map_err(|reason| ExecuteError::from(NotExecutedKind::Unavailable { reason }));
+                .map(Some)
+                .map_err(|reason| NotExecutedKind::Unavailable { reason });
         }
         if able {
-            return Ok(Route::Local { others: false });
+            return Ok(Some(Route::Local { others: false }));
         }
         if self.registry().endpoint(kind, name).is_some() {
             let reason = format!("a filter of this node does not accept command {}", info.id);
-            return Err(NotExecutedKind::NotAccepted { reason }.into());
+            return Err(NotExecutedKind::NotAccepted { reason });
         }
         #[cfg(feature = "nats")]
         if let Some(reason) = self.incompatible.get() {
-            return Err(NotExecutedKind::Unavailable { reason: reason.clone() }.into());
+            return Err(NotExecutedKind::Unavailable { reason: reason.clone() });
         }
-        Err(NotExecutedKind::NoHandler { name, retryable: false }.into())
+        Ok(None)
     }
 
     /// Sends a command to other nodes.

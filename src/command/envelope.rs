@@ -39,6 +39,11 @@ impl Envelope {
         }
     }
 
+    /// Creates the envelope of a command that a process sends.
+    pub(super) fn of(id: Uuid, metadata: Metadata) -> Self {
+        Self { id, metadata, ..Self::new() }
+    }
+
     /// Creates the envelope of a nested command, which a handler sends.
     pub(super) fn within(id: Uuid, metadata: Metadata, until: Instant) -> Self {
         Self { id, metadata, until: Some(until), ..Self::new() }

@@ -156,6 +156,7 @@ impl<T: Routed> Execute<T> {
             None => None,
         };
         let route = commands.route(T::KIND, T::NAME, &info, &envelope, local.is_some())?;
+        let route = route.ok_or(NotExecutedKind::NoHandler { name: T::NAME, retryable: false })?;
         if let (Route::Local { others }, Some(router)) = (route, local) {
             let deadline = deadline.instant();
             match router.admit(id, deadline).await {

@@ -10,7 +10,7 @@ mod reply;
 pub(crate) use self::failure::{About, Code, Failure, lost_reply};
 #[cfg(feature = "nats")]
 pub(crate) use self::frame::Sent;
-pub(crate) use self::frame::{CommandFrame, Kind};
+pub(crate) use self::frame::{CommandFrame, Expected, Kind};
 #[cfg(feature = "nats")]
 pub(crate) use self::outcome::Answered;
 pub(crate) use self::outcome::{Done, Outcome, read_reply};

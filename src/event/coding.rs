@@ -1,14 +1,18 @@
 //! Encodes events for a store, and decodes recorded ones.
 
+use std::any::type_name;
+
+use serde::Serialize;
 use uuid::Uuid;
 
 use super::Event;
 use super::error::{DecodeError, EncodeError};
 use super::metadata::Metadata;
+use super::name::EventName;
 use super::recorded::{NewEvent, RecordedEvent};
 use super::set::{EventDecoder, EventSet};
 use super::types::EventTypes;
-use crate::codec::Codec;
+use crate::codec::{Codec, encode_variant};
 
 impl NewEvent {
     /// Encodes `event` for a store that keeps payloads in `codec`, with a new id and command id.
@@ -20,6 +24,29 @@ impl NewEvent {
         Ok(Self {
             id: Uuid::now_v7(),
             name,
+            payload,
+            command_id: Uuid::now_v7(),
+            correlation_id: metadata.correlation_id,
+            metadata: metadata.encode()?,
+        })
+    }
+}
+
+impl NewEvent {
+    /// Encodes a variant as an event of a category that is known only at run time.
+    pub(crate) fn of_variant<E: Serialize>(
+        category: &str,
+        event: &E,
+        codec: Codec,
+        metadata: &Metadata,
+    ) -> Result<Self, EncodeError> {
+        let no_enum =
+            |reason: &str| EncodeError::NoEnum { type_name: type_name::<E>(), reason: reason.into() };
+        let (variant, payload) = encode_variant(event, codec)?
+            .ok_or_else(|| no_enum("the value does not serialize to a variant"))?;
+        Ok(Self {
+            id: Uuid::now_v7(),
+            name: EventName::new(format!("{category}.{}", variant.as_ref()))?,
             payload,
             command_id: Uuid::now_v7(),
             correlation_id: metadata.correlation_id,

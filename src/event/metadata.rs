@@ -12,7 +12,8 @@ use super::error::EncodeError;
 ///
 /// The command that caused the event is beside the metadata, as
 /// [`RecordedEvent::command_id`](super::RecordedEvent::command_id). Stored as a CBOR map with the
-/// keys `correlation`, `causation`, `traceparent`, `tracestate`, `user`, `reply` and `content`.
+/// keys `correlation`, `causation`, `traceparent`, `tracestate`, `user`, `depth`, `reply` and
+/// `content`.
 /// Absent values take no space; unknown keys are ignored. Every event of a command carries the
 /// metadata, so its size is limited: [`MAX_BYTES`](Self::MAX_BYTES).
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -34,6 +35,9 @@ pub struct Metadata {
     /// Entries of the user: client, tenant, origin.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub user: BTreeMap<String, String>,
+    /// Number of reactions of processes that led to the command, one after the other.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub(crate) depth: u16,
     /// I8: encoded reply of the command, on its last event.
     ///
     /// It answers a repeated command. Empty: none.
@@ -42,6 +46,11 @@ pub struct Metadata {
     /// Fingerprint of the command, on its last event; rejects the same id with other content.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) content: Option<u64>,
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref, reason = "serde calls it so")]
+fn is_zero(number: &u16) -> bool {
+    *number == 0
 }
 
 impl Metadata {
@@ -94,6 +103,7 @@ mod tests {
             traceparent: Some("00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01".into()),
             tracestate: Some("vendor=1".into()),
             user: [("tenant".to_owned(), "é".to_owned())].into(),
+            depth: 7,
             reply: vec![1, 2, 3],
             content: Some(u64::MAX),
         };

@@ -10,6 +10,7 @@ use super::Runtime;
 use super::commands::{Registration, TargetServices, forgetting};
 use super::error::StartError;
 use super::inner::Inner;
+use super::processes::{ProcessRegistration, record_starts, start_processes};
 use super::projections::ProjectionRegistration;
 #[cfg(feature = "otel")]
 use super::status_metrics;
@@ -19,6 +20,7 @@ use crate::command::{CommandBus, Dispatcher, Handler, HandlerOptions, Registry};
 use crate::feed::{Feed, FeedOptions};
 use crate::invalid_option::{DAY, within};
 use crate::lease::LeaseWatcher;
+use crate::process::{Process, ProcessOptions};
 use crate::projection::{
     self, InMemoryIndex, IntoProjection, NodeServices, Projection, ProjectionHandle, ProjectionOptions,
     ReadModel,
@@ -42,6 +44,7 @@ pub struct Builder {
     handlers: Vec<Registration>,
     feed: FeedOptions,
     projections: Vec<ProjectionRegistration>,
+    processes: Vec<ProcessRegistration>,
     start_timeout: Duration,
     #[cfg(feature = "otel")]
     telemetry: Option<Telemetry>,
@@ -140,6 +143,19 @@ impl Builder {
         self
     }
 
+    /// Runs a process manager, with the default options.
+    ///
+    /// One node owns it at a time; the others take over if that node ends.
+    pub fn process<P: Process>(self) -> Self {
+        self.process_with::<P>(ProcessOptions::new())
+    }
+
+    /// Runs a process manager.
+    pub fn process_with<P: Process>(mut self, options: ProcessOptions) -> Self {
+        self.processes.push(ProcessRegistration::new::<P>(options));
+        self
+    }
+
     /// Sets how commands reach their aggregate or handler.
     ///
     /// Default: [`CommandBus::local`], within this process.
@@ -173,6 +189,7 @@ impl Builder {
         for registration in self.projections {
             projections.push(registration.check(&store, self.bus.as_deref(), log_end).await?);
         }
+        record_starts(&self.processes, &store, log_end).await?;
         #[cfg(feature = "otel")]
         let telemetry = self.telemetry.unwrap_or_default();
         #[cfg(feature = "otel")]
@@ -194,7 +211,7 @@ impl Builder {
                 Some(Publisher::spawn(store, feed, bus, self.publisher, node, metrics, root).await?)
             }
         };
-        let services = NodeServices {
+        let node_services = NodeServices {
             store: store.clone(),
             feed: feed.clone(),
             node,
@@ -207,7 +224,7 @@ impl Builder {
         };
         let mut handles = Vec::with_capacity(projections.len());
         for projection in projections {
-            handles.push(projection.start(services.clone()).await?);
+            handles.push(projection.start(node_services.clone()).await?);
         }
         let writer = GroupCommitter::start(store.clone(), metrics.clone());
         let forgetting = (!self.handlers.is_empty())
@@ -226,6 +243,8 @@ impl Builder {
         commands.open(registry);
         #[cfg(feature = "nats")]
         commands.connect(self.commands, store.info(), node).await;
+        // Last, because they send commands to other nodes.
+        let processes = start_processes(self.processes, node_services, &services).await?;
         let inner = Inner {
             node,
             store,
@@ -234,6 +253,7 @@ impl Builder {
             publisher,
             feed,
             projections: handles,
+            processes,
             commands,
             _forgetting: forgetting,
             supervisor,
@@ -261,6 +281,17 @@ impl Builder {
             }
             registration.check_filter()?;
         }
+        ProcessRegistration::check(&self.processes)?;
+        for process in &self.processes {
+            let (name, type_name) = (process.name, process.type_name);
+            if let Some(other) = self.aggregates.iter().find(|aggregate| aggregate.name == name) {
+                let (category, first, second) = (name, other.type_name, type_name);
+                return Err(StartError::SameCategory { category, first, second });
+            }
+            if self.projections.iter().any(|projection| projection.name == process.projection) {
+                return Err(StartError::SameProjection { name: process.projection.clone() });
+            }
+        }
         within("Builder::start_timeout", self.start_timeout, Duration::ZERO..=DAY)?;
         self.publisher.validate()?;
         self.feed.validate()?;
@@ -284,6 +315,7 @@ impl Runtime {
             commands: CommandBus::local(),
             handlers: Vec::new(),
             projections: Vec::new(),
+            processes: Vec::new(),
             start_timeout: START_TIMEOUT,
             #[cfg(feature = "otel")]
             telemetry: None,

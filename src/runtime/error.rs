@@ -71,6 +71,20 @@ pub enum StartError {
         /// The cause.
         error: FilterError,
     },
+    /// Two processes have the same name, so their instances would mix.
+    #[error("duplicate process name {name:?}: its instances belong to one process; rename one of them")]
+    SameProcess {
+        /// The name.
+        name: &'static str,
+    },
+    /// A route of a process is invalid, for example because of an unknown variant.
+    #[error("invalid route of process {name:?}: {error}")]
+    Route {
+        /// The process.
+        name: &'static str,
+        /// The cause.
+        error: FilterError,
+    },
     /// The store failed.
     #[error(transparent)]
     Store(#[from] StoreError),

@@ -7,6 +7,7 @@ use uuid::Uuid;
 use crate::bus::EventBus;
 use crate::command::Dispatcher;
 use crate::feed::Feed;
+use crate::process::RunningProcess;
 use crate::projection::ProjectionHandle;
 use crate::publisher::{Publisher, PublisherState, PublisherStatus};
 use crate::store::{EventStore, GroupCommitter};
@@ -23,6 +24,8 @@ pub(super) struct Inner {
     pub(super) feed: Feed,
     /// Projections, in the order of their registration.
     pub(super) projections: Vec<ProjectionHandle>,
+    /// Processes, in the order of their registration.
+    pub(super) processes: Vec<Arc<dyn RunningProcess>>,
     pub(super) commands: Arc<Dispatcher>,
     /// Task that deletes expired records of commands; ends with the runtime.
     pub(super) _forgetting: Option<Task>,

@@ -51,6 +51,11 @@ impl Runtime {
         let deadline = after(timeout);
         let until = |deadline: Instant| deadline.saturating_duration_since(Instant::now());
         let mut unfinished = Vec::new();
+        // First, because the reactions in progress send commands.
+        let processes = self.inner.processes.iter().map(|process| process.stop(deadline - 3 * reserve));
+        for ended in futures_util::future::join_all(processes).await {
+            unfinished.extend(ended);
+        }
         let commands = self.inner.commands.shut_down(deadline - 2 * reserve).await;
         if commands > 0 {
             unfinished.push(format!("{commands} commands without an answer"));

@@ -10,6 +10,7 @@ use crate::bus::BusState;
 use crate::command::{CommandBusStatus, HandlerStatus};
 use crate::event::Position;
 use crate::feed::FeedStatus;
+use crate::process::ProcessStatus;
 use crate::projection::ProjectionStatus;
 use crate::publisher::PublisherStatus;
 use crate::store::{HighWaterStall, LeaseInfo, StoreError, StoreInfo, WriterStatus};
@@ -37,6 +38,10 @@ pub struct RuntimeStatus {
     pub aggregates: Vec<RouterStatus>,
     /// The handlers, by name.
     pub handlers: Vec<HandlerStatus>,
+    /// The processes, in the order of their registration.
+    ///
+    /// The progress of a process in the log is that of the projection `process NAME`.
+    pub processes: Vec<ProcessStatus>,
     /// The connection to the other nodes, for commands.
     pub commands: CommandBusStatus,
     /// The connection to the bus; `None` without a bus.

@@ -14,6 +14,7 @@ mod dependencies;
 mod docs;
 mod examples;
 mod group_commit;
+mod process;
 mod projection;
 mod retail_domain;
 mod runtime;

@@ -18,6 +18,7 @@ mod migration;
 mod options;
 mod postgres;
 mod private_servers;
+mod process;
 mod projection;
 
 #[path = "../support/mod.rs"]

@@ -29,6 +29,7 @@ pub mod counter;
 mod dice;
 mod example;
 mod faulty_store;
+pub mod fulfilment;
 mod nats;
 mod pgbouncer;
 mod ports;

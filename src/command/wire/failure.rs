@@ -9,6 +9,7 @@ use crate::aggregate::{ExecuteError, NoReplyKind, NotExecutedKind};
 use crate::codec::{SerializeError, byte_string, from_cbor, to_cbor};
 use crate::command_id;
 use crate::event::{StreamId, Version};
+use crate::outage::is_store_outage;
 use crate::panic::text_of;
 use crate::store::{ExpectedVersion, StoreError};
 
@@ -31,6 +32,11 @@ pub(crate) struct Failure {
     /// milliseconds since 1970).
     #[serde(default)]
     pub(crate) number: u64,
+    /// Whether a cause that the command does not have, such as a full disk, made it fail.
+    ///
+    /// Only if the code does not tell: the same command may succeed later.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub(crate) outage: bool,
     /// Size that exceeds the limit, in bytes.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub(crate) size: u64,
@@ -39,6 +45,11 @@ pub(crate) struct Failure {
 #[allow(clippy::trivially_copy_pass_by_ref, reason = "serde calls it so")]
 fn is_zero(number: &u64) -> bool {
     *number == 0
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref, reason = "serde calls it so")]
+fn is_false(flag: &bool) -> bool {
+    !flag
 }
 
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -138,6 +149,9 @@ impl Failure {
             NotExecutedKind::Panicked { message, .. } => Self::new(Code::Panicked, message),
             NotExecutedKind::Store(StoreError::Unavailable { reason, .. }) => {
                 Self::new(Code::StoreUnavailable, reason)
+            }
+            NotExecutedKind::Store(error) if is_store_outage(error) => {
+                Self { outage: true, ..Self::new(Code::Failed, text) }
             }
             NotExecutedKind::NoHandler { .. } => Self::new(Code::NoHandler, text),
             NotExecutedKind::Unavailable { reason } => Self::new(Code::Unavailable, reason),

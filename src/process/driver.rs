@@ -1,0 +1,412 @@
+//! The driver of an instance: delivers inputs, sends commands, and delivers their answers.
+//!
+//! An instance with work has one driver task on its node. It ends when nothing is left to do, so an
+//! instance that waits for an event or a timer takes no memory. Drivers of two nodes do no harm: the
+//! ids of commands are the same, and the stream of the instance decides which answer counts.
+
+use std::collections::{HashSet, VecDeque};
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::stream::FuturesUnordered;
+use futures_util::{FutureExt, StreamExt};
+use tokio::sync::{Notify, OwnedSemaphorePermit, oneshot};
+use tokio::time::{Instant, sleep};
+use uuid::Uuid;
+
+use super::Process;
+use super::command::{CommandKind, InstanceCommand, Settlement};
+use super::drivers::{Drivers, PATIENCE};
+use super::event::{Effect, Trail, Trigger};
+use super::history::find_input;
+use super::reaction::{Consumed, Reaction};
+use super::resumption::resumption;
+use super::routes::RouteKind;
+use super::work::{Work, WorkError, WorkKind};
+use crate::backoff::Backoff;
+use crate::command::{ErasedAnswer, Kind};
+use crate::event::{Metadata, RecordedEvent, StreamId, Version};
+use crate::future::BoxFuture;
+use crate::outage::is_outage;
+use crate::store::ExpectedVersion;
+
+/// Number of attempts at a command that fails without having an effect.
+const ATTEMPTS: u32 = 3;
+
+/// Maximum number of commands in flight for one instance, so that it does not hold up the others.
+const SENDING: usize = 16;
+
+/// A guard that forgets a driver that ends early, with its queue.
+struct ForgetOnDrop<'a, P: Process> {
+    drivers: &'a Drivers<P>,
+    instance: &'a str,
+    retired: bool,
+}
+
+impl<P: Process> Drop for ForgetOnDrop<'_, P> {
+    fn drop(&mut self) {
+        if !self.retired {
+            self.drivers.active().remove(self.instance);
+        }
+    }
+}
+
+/// The driver task of an instance.
+pub(super) async fn drive<P: Process>(
+    drivers: Arc<Drivers<P>>,
+    instance: String,
+    wake: Arc<Notify>,
+    _slot: Option<OwnedSemaphorePermit>,
+) {
+    let mut stop = drivers.stop.clone();
+    let mut guard = ForgetOnDrop { drivers: &drivers, instance: &instance, retired: false };
+    let mut driver = Driver::new(&drivers, &instance);
+    let driving = async {
+        loop {
+            if let Some(work) = drivers.next_work(&instance) {
+                driver.work(work).await;
+            } else if let Some(Some((attempt, answer))) = driver.sending.next().now_or_never() {
+                driver.answered(attempt, answer).await;
+            } else if driver.more {
+                driver.advance().await;
+            } else if driver.is_idle() {
+                driver.finish();
+                if drivers.retire(&instance) {
+                    guard.retired = true;
+                    return;
+                }
+            } else {
+                tokio::select! {
+                    Some((attempt, answer)) = driver.sending.next() => driver.answered(attempt, answer).await,
+                    () = wake.notified() => {}
+                }
+            }
+        }
+    };
+    tokio::select! {
+        () = driving => {}
+        // An error means that the node has ended.
+        _ = stop.wait_for(|stop| *stop) => {}
+    }
+}
+
+/// The state of a driver task.
+struct Driver<'a, P: Process> {
+    drivers: &'a Arc<Drivers<P>>,
+    instance: &'a str,
+    sending: FuturesUnordered<BoxFuture<'a, (Attempt, ErasedAnswer)>>,
+    /// Commands that wait: their target is busy with an earlier one, or too many are in flight.
+    waiting: VecDeque<Effect>,
+    /// Targets of the commands that are being sent.
+    busy: HashSet<TargetKey>,
+    /// Ids of the commands that are being sent or wait.
+    known: HashSet<Uuid>,
+    /// Whether the instance has open commands that this driver may not know.
+    resend: bool,
+    /// Whether the instance must advance.
+    more: bool,
+    /// Whether a timer has fired whose row is deleted when the driver has finished.
+    fires: bool,
+    /// Latest version of the instance.
+    version: Version,
+    /// Work that ends with the driver.
+    unfinished: Vec<oneshot::Sender<()>>,
+}
+
+type TargetKey = (Kind, String, String);
+
+/// A command that is being sent.
+struct Attempt {
+    effect: Effect,
+    failures: u32,
+    since: Instant,
+    backoff: Backoff,
+}
+
+fn target_of(effect: &Effect) -> TargetKey {
+    let command = &effect.command;
+    // Commands without a key have no order.
+    let target = command.target.clone().unwrap_or_else(|| effect.id.to_string());
+    (command.kind, command.name.clone(), target)
+}
+
+impl<'a, P: Process> Driver<'a, P> {
+    fn new(drivers: &'a Arc<Drivers<P>>, instance: &'a str) -> Self {
+        Self {
+            drivers,
+            instance,
+            sending: FuturesUnordered::new(),
+            waiting: VecDeque::new(),
+            busy: HashSet::new(),
+            known: HashSet::new(),
+            resend: true,
+            more: false,
+            fires: false,
+            version: Version::NONE,
+            unfinished: Vec::new(),
+        }
+    }
+
+    fn is_idle(&self) -> bool {
+        self.sending.is_empty() && self.waiting.is_empty()
+    }
+
+    /// Reports all work as finished.
+    fn finish(&mut self) {
+        self.fires = false;
+        for finished in self.unfinished.drain(..) {
+            // A failed send means that the batch has stopped waiting.
+            let _ = finished.send(());
+        }
+    }
+
+    /// Leaves everything to the resumption.
+    fn give_up(&mut self, reason: &str) {
+        let (process, instance) = (P::NAME, self.instance);
+        tracing::debug!(process, instance, reason, "leaving an instance to its resumption");
+        self.forget_commands();
+        (self.more, self.fires) = (false, false);
+        self.unfinished.clear();
+    }
+
+    /// Stops sending. The instance still has the commands.
+    fn forget_commands(&mut self) {
+        self.sending.clear();
+        self.waiting.clear();
+        self.busy.clear();
+        self.known.clear();
+        self.resend = true;
+    }
+
+    async fn execute(
+        &mut self,
+        kind: CommandKind,
+        metadata: Metadata,
+        expected: ExpectedVersion,
+    ) -> Result<Reaction, WorkError> {
+        let command = InstanceCommand { kind, resend: self.resend, limits: self.drivers.limits };
+        let receipt = self.drivers.execute(self.instance, command, metadata, expected).await?;
+        self.version = receipt.version;
+        self.resend = false;
+        Ok(receipt.reply)
+    }
+
+    async fn work(&mut self, work: Work) {
+        let Work { kind, recorded, finished } = work;
+        let any = ExpectedVersion::Any;
+        let (results, reactions) = match kind {
+            WorkKind::Deliver { events, late } => self.deliver(events, late).await,
+            WorkKind::Fire { timer, version } => {
+                self.fires = true;
+                let reaction = self.execute(CommandKind::Fire { timer, version }, Metadata::default(), any);
+                one(reaction.await)
+            }
+            WorkKind::Resume => {
+                self.resend = true;
+                one(self.execute(CommandKind::Advance, Metadata::default(), any).await)
+            }
+        };
+        let results = results.into_iter().map(|result| result.map(|()| self.version)).collect();
+        // A failed send means that the batch has stopped waiting.
+        let _ = recorded.send(results);
+        self.unfinished.push(finished);
+        for reaction in reactions {
+            self.carry_out(reaction).await;
+        }
+    }
+
+    /// Delivers events in their order.
+    async fn deliver(
+        &mut self,
+        events: Vec<(RecordedEvent, RouteKind)>,
+        late: bool,
+    ) -> (Vec<Result<(), WorkError>>, Vec<Reaction>) {
+        let (mut results, mut reactions) = (Vec::with_capacity(events.len()), Vec::new());
+        for (event, route) in events {
+            // I12: the event after a failed one would hide that the failed one is not consumed.
+            if let Some(Err(WorkError::Transient(reason))) = results.last() {
+                results.push(Err(WorkError::Transient(reason.clone())));
+                continue;
+            }
+            results.push(match self.deliver_one(&event, route, late).await {
+                Ok(reaction) => {
+                    reactions.extend(reaction);
+                    Ok(())
+                }
+                Err(error) => Err(error),
+            });
+        }
+        (results, reactions)
+    }
+
+    /// Delivers an event. Returns `None` for a late one that was consumed before.
+    async fn deliver_one(
+        &mut self,
+        event: &RecordedEvent,
+        route: RouteKind,
+        late: bool,
+    ) -> Result<Option<Reaction>, WorkError> {
+        let mut expected = ExpectedVersion::Any;
+        if late {
+            // I12: positions do not tell whether a late event was consumed.
+            let stream = StreamId::new(P::NAME, self.instance);
+            let stream = stream.map_err(|error| WorkError::Permanent(error.to_string()))?;
+            let found = find_input(&*self.drivers.store, &stream, event.id).await;
+            let (version, found) = found.map_err(|error| match is_outage(&error) {
+                true => WorkError::Transient(error.to_string()),
+                false => WorkError::Permanent(error.to_string()),
+            })?;
+            if found {
+                return Ok(None);
+            }
+            expected = ExpectedVersion::Exact(version);
+        }
+        // The log may hold metadata of another program.
+        let trail = Trail::of(event.decode_metadata().unwrap_or_default(), event.command_id);
+        let metadata = trail.own_metadata(event.id);
+        let trigger = Box::new(Trigger::of(event));
+        let deliver = CommandKind::Deliver { id: event.id, trigger, route, trail, late };
+        self.execute(deliver, metadata, expected).await.map(Some)
+    }
+
+    async fn advance(&mut self) {
+        self.more = false;
+        let advanced = self.execute(CommandKind::Advance, Metadata::default(), ExpectedVersion::Any).await;
+        match advanced {
+            Ok(reaction) => self.carry_out(reaction).await,
+            Err(error) => self.failed(&error),
+        }
+    }
+
+    /// Stores timers and sends commands.
+    async fn carry_out(&mut self, reaction: Reaction) {
+        let Reaction { consumed, effects, cancels, mut put, mut remove, more } = reaction;
+        if cancels {
+            self.forget_commands();
+            self.resend = false;
+        }
+        if consumed == Consumed::Parked {
+            for effect in self.waiting.drain(..) {
+                self.known.remove(&effect.id);
+                self.resend = true;
+            }
+        }
+        if !put.is_empty() || !remove.is_empty() {
+            put.iter_mut().for_each(|timer| self.instance.clone_into(&mut timer.instance));
+            remove.iter_mut().for_each(|timer| self.instance.clone_into(&mut timer.instance));
+            if self.fires {
+                // The reaction may replace the row that would resume it.
+                put.push(resumption(self.instance.to_owned(), self.version, self.drivers.resume_after));
+            }
+            if let Err(error) = self.drivers.timers.write(put, remove).await {
+                return self.give_up(&error.to_string());
+            }
+        }
+        for effect in effects {
+            if self.known.insert(effect.id) {
+                self.waiting.push_back(effect);
+            }
+        }
+        self.more |= more;
+        self.send_waiting();
+    }
+
+    fn failed(&mut self, error: &WorkError) {
+        match error {
+            WorkError::Transient(reason) => self.give_up(reason),
+            WorkError::Permanent(reason) => {
+                let (process, instance) = (P::NAME, self.instance);
+                tracing::error!(process, instance, reason, "could not continue an instance; retrying later");
+                self.give_up(reason);
+            }
+        }
+    }
+
+    /// Sends the waiting commands whose targets are free.
+    fn send_waiting(&mut self) {
+        for _ in 0..self.waiting.len() {
+            if self.sending.len() >= SENDING {
+                return;
+            }
+            let Some(effect) = self.waiting.pop_front() else { return };
+            if self.busy.insert(target_of(&effect)) {
+                let backoff = Backoff::new(Duration::from_millis(50), Duration::from_secs(1));
+                self.attempt(Attempt { effect, failures: 0, since: Instant::now(), backoff }, Duration::ZERO);
+            } else {
+                self.waiting.push_back(effect);
+            }
+        }
+    }
+
+    fn attempt(&mut self, attempt: Attempt, wait: Duration) {
+        let drivers = self.drivers;
+        self.sending.push(Box::pin(async move {
+            if !wait.is_zero() {
+                sleep(wait).await;
+            }
+            let answer = drivers.send(&attempt.effect).await;
+            (attempt, answer)
+        }));
+    }
+
+    async fn answered(&mut self, mut attempt: Attempt, answer: ErasedAnswer) {
+        let settlement = match answer {
+            ErasedAnswer::Done { reply } => Settlement::Done { reply },
+            ErasedAnswer::Rejected { message, details } => Settlement::Refused { message, details },
+            ErasedAnswer::Transient { reason } => {
+                if attempt.since.elapsed() >= PATIENCE {
+                    return self.give_up(&reason);
+                }
+                let wait = attempt.backoff.next();
+                return self.attempt(attempt, wait);
+            }
+            ErasedAnswer::Failed { reason } => {
+                attempt.failures += 1;
+                if attempt.failures < ATTEMPTS {
+                    let wait = attempt.backoff.next();
+                    return self.attempt(attempt, wait);
+                }
+                return self.park(attempt.effect, &reason).await;
+            }
+        };
+        let effect = attempt.effect;
+        let settle = CommandKind::Settle { effect: effect.id, answer: settlement };
+        let metadata = effect.trail.own_metadata(effect.id);
+        match self.execute(settle, metadata, ExpectedVersion::Any).await {
+            Ok(reaction) => {
+                self.busy.remove(&target_of(&effect));
+                self.known.remove(&effect.id);
+                self.carry_out(reaction).await;
+            }
+            Err(WorkError::Permanent(reason)) => {
+                self.park(effect, &format!("its answer cannot be recorded: {reason}")).await;
+            }
+            Err(error) => self.failed(&error),
+        }
+    }
+
+    /// Parks the instance because a command failed permanently.
+    async fn park(&mut self, effect: Effect, reason: &str) {
+        let (process, instance, key) = (P::NAME, self.instance, effect.key.as_str());
+        tracing::error!(process, instance, effect = key, reason, "parking an instance: a command failed");
+        self.busy.remove(&target_of(&effect));
+        self.known.remove(&effect.id);
+        let reason = format!("the command {key:?} to {:?} failed: {reason}", effect.command.name);
+        let park = CommandKind::Park { effect: effect.id, reason };
+        match self.execute(park, effect.trail.own_metadata(effect.id), ExpectedVersion::Any).await {
+            Ok(reaction) => {
+                self.resend = true;
+                self.carry_out(reaction).await;
+            }
+            Err(error) => self.failed(&error),
+        }
+    }
+}
+
+/// Returns the result and the reaction of one command.
+fn one(reaction: Result<Reaction, WorkError>) -> (Vec<Result<(), WorkError>>, Vec<Reaction>) {
+    match reaction {
+        Ok(reaction) => (vec![Ok(())], vec![reaction]),
+        Err(error) => (vec![Err(error)], Vec::new()),
+    }
+}

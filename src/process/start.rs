@@ -1,0 +1,205 @@
+//! Starts and stops the components of a process on a node.
+
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, Weak};
+use std::time::Duration;
+
+use ractor::SpawnErr;
+use serde::Serialize;
+use tokio::sync::{Notify, Semaphore, watch};
+use tokio::time::{Instant, sleep};
+
+use super::counters::Counters;
+use super::drivers::{Drivers, MOST_ACTIVE};
+use super::firing::fire;
+use super::follower::{self, Follower, follower_name};
+use super::instance::Instance;
+use super::resumption::resume_after;
+use super::timer_writer::TimerWriter;
+use super::{Process, ProcessOptions};
+use crate::aggregate::{self, AggregateOptions};
+use crate::command::{Dispatcher, LocalAggregates};
+use crate::event::{EncodeError, Position};
+use crate::future::BoxFuture;
+use crate::projection::{
+    self, AtLeastOnce, FailurePolicy, IntoProjection, NodeServices, ProjectionHandle, ProjectionOptions,
+    record_start,
+};
+use crate::store::{EventStore, FilterError, GroupCommitter, StoreError};
+use crate::supervised::Task;
+
+/// Time that an instance stays in memory without work.
+const IDLE: Duration = Duration::from_secs(10);
+
+/// The components that a process uses.
+pub(crate) struct ProcessServices {
+    pub(crate) node: NodeServices,
+    pub(crate) writer: GroupCommitter,
+    pub(crate) commands: Weak<Dispatcher>,
+    pub(crate) supervisor: ractor::ActorCell,
+}
+
+/// Status of a process on this node. Serializes as a map of its fields.
+///
+/// The numbers count since the start of the node.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
+pub struct ProcessStatus {
+    /// Name of the process.
+    pub name: String,
+    /// Number of instances with work in progress.
+    pub active: usize,
+    /// Number of inputs that caused a reaction.
+    pub reacted: u64,
+    /// Number of inputs that parked instances have recorded for a later reaction.
+    pub held: u64,
+    /// Number of times that an instance was parked.
+    pub parked: u64,
+    /// Number of events that were ignored: the instance existed, did not exist, or had ended.
+    pub ignored: u64,
+}
+
+/// A process on this node, without its types.
+pub(crate) trait RunningProcess: Send + Sync {
+    /// Returns the projection that follows the log for the process.
+    fn follower(&self) -> &ProjectionHandle;
+
+    fn status(&self) -> ProcessStatus;
+
+    /// Ends the reactions: those in progress have until `deadline`. Returns what did not end in time.
+    ///
+    /// I12: whatever is left, the next owner continues.
+    fn stop(&self, deadline: Instant) -> BoxFuture<'_, Vec<String>>;
+}
+
+struct Running<P: Process> {
+    follower: ProjectionHandle,
+    drivers: Arc<Drivers<P>>,
+    /// Task that fires timers.
+    firing: Mutex<Option<Task>>,
+    stop: watch::Sender<bool>,
+}
+
+/// Checks that a process can start: its routes, and the events of its instances.
+///
+/// # Errors
+/// If a route is invalid.
+pub(crate) fn check_routes<P: Process>() -> Result<(), FilterError> {
+    follower::filter::<P>().map(drop)
+}
+
+/// Returns the name of the projection that follows the log for a process.
+pub(crate) fn projection_name(process: &str) -> String {
+    follower_name(process)
+}
+
+/// Records the start position of a new process.
+pub(crate) async fn record_process_start(
+    store: &Arc<dyn EventStore>,
+    process: &str,
+    options: &ProcessOptions,
+    log_end: Position,
+) -> Result<(), StoreError> {
+    let (name, start) = (follower_name(process), Some(options.start));
+    record_start(&AtLeastOnce::new(), store, &name, start, log_end).await.map(drop)
+}
+
+/// Returns the shared state of the actors of a process' instances.
+///
+/// # Errors
+/// If their events cannot be stored.
+fn instances_of<P: Process>(
+    store: Arc<dyn EventStore>,
+    writer: GroupCommitter,
+) -> Result<aggregate::Shared<Instance<P>>, EncodeError> {
+    // No command id is ever repeated, so the window needs no entries to speak of.
+    let options = AggregateOptions::new().command_window(16).idle_timeout(IDLE);
+    aggregate::Shared::new(store, writer, options)
+}
+
+/// Starts a process.
+///
+/// # Errors
+/// If the events of its instances cannot be stored, or an actor does not start.
+pub(crate) async fn spawn<P: Process>(
+    options: ProcessOptions,
+    services: ProcessServices,
+) -> Result<Result<Arc<dyn RunningProcess>, SpawnErr>, EncodeError> {
+    let ProcessServices { node, writer, commands, supervisor } = services;
+    let store = node.store.clone();
+    let shared = instances_of::<P>(store.clone(), writer)?;
+    Ok(start_all::<P>(options, node, store, shared, commands, supervisor).await)
+}
+
+async fn start_all<P: Process>(
+    options: ProcessOptions,
+    node: NodeServices,
+    store: Arc<dyn EventStore>,
+    shared: aggregate::Shared<Instance<P>>,
+    commands: Weak<Dispatcher>,
+    supervisor: ractor::ActorCell,
+) -> Result<Arc<dyn RunningProcess>, SpawnErr> {
+    let (stop, stopped) = watch::channel(false);
+    let soon = Arc::new(Notify::new());
+    let drivers = Arc::new(Drivers {
+        store: store.clone(),
+        instances: LocalAggregates::start(shared, supervisor)?,
+        commands,
+        timers: TimerWriter::start(store.clone(), P::NAME, soon.clone()),
+        limits: options.limits,
+        resume_after: resume_after(options.lease),
+        permits: Semaphore::new(options.in_flight),
+        slots: Arc::new(Semaphore::new(MOST_ACTIVE)),
+        active: Mutex::default(),
+        stop: stopped,
+        counters: Counters::default(),
+    });
+    let following = ProjectionOptions::new()
+        .on_failure(FailurePolicy::Park)
+        .max_attempts(3)
+        // A batch waits for the store and not for work of the user, so its time does not limit it.
+        .batch_time(Duration::from_secs(10))
+        .lease(options.lease)
+        .start(options.start);
+    let made = Follower::<P>::new().into_projection();
+    let (_, filter) = made.describe(&following);
+    let instances = follower::Instances::new(drivers.clone());
+    let follower = projection::spawn(made, filter, instances, following, None, node).await?;
+    let firing = Task::spawn(fire(drivers.clone(), follower.watch(), soon));
+    Ok(Arc::new(Running { follower, drivers, firing: Mutex::new(Some(firing)), stop }))
+}
+
+impl<P: Process> RunningProcess for Running<P> {
+    fn follower(&self) -> &ProjectionHandle {
+        &self.follower
+    }
+
+    fn status(&self) -> ProcessStatus {
+        let Counters { reacted, held, parked, ignored } = &self.drivers.counters;
+        let [reacted, held, parked, ignored] =
+            [reacted, held, parked, ignored].map(|counter| counter.load(Ordering::Relaxed));
+        let active = self.drivers.active_count();
+        ProcessStatus { name: P::NAME.to_owned(), active, reacted, held, parked, ignored }
+    }
+
+    fn stop(&self, deadline: Instant) -> BoxFuture<'_, Vec<String>> {
+        Box::pin(async move {
+            let left = || deadline.saturating_duration_since(Instant::now());
+            let firing = self.firing.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take();
+            drop(firing);
+            let mut unfinished: Vec<_> =
+                self.follower.stop(left()).await.err().map(|error| error.to_string()).into_iter().collect();
+            while self.drivers.active_count() > 0 && Instant::now() < deadline {
+                sleep(Duration::from_millis(5)).await;
+            }
+            self.stop.send_replace(true);
+            let active = self.drivers.active_count();
+            if active > 0 {
+                unfinished.push(format!("{active} instances of process {} with open commands", P::NAME));
+            }
+            let grace = deadline.max(Instant::now() + Duration::from_millis(100));
+            self.drivers.instances.shut_down(grace).await;
+            unfinished
+        })
+    }
+}

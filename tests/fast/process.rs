@@ -1,0 +1,450 @@
+//! Processes on the memory store.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use storied::command::{HandleError, Handler, HandlerContext, HandlerOptions};
+use storied::process::{Input, InstanceState, InstanceStatus, Next, Process, ProcessContext, Routes};
+use storied::runtime::StartError;
+use storied::store::ReadLog;
+use storied::{Filter, MemoryStore, NeverRejects, Position, ProcessOptions, RecordedEvent, Runtime};
+
+use serde::{Deserialize, Serialize};
+
+use crate::support::fulfilment::{Fulfilment, Order, OrderEvent, Stock, StockCommand};
+
+/// Waits until `check` returns a value.
+async fn eventually<T>(what: &str, mut check: impl AsyncFnMut() -> Option<T>) -> T {
+    let deadline = tokio::time::Instant::now() + Duration::from_secs(20);
+    loop {
+        if let Some(value) = check().await {
+            return value;
+        }
+        assert!(tokio::time::Instant::now() < deadline, "waited in vain: {what}");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+async fn start() -> Runtime {
+    let builder = Runtime::builder().store(MemoryStore::new()).aggregate::<Order>().aggregate::<Stock>();
+    builder.process::<Fulfilment>().start().await.unwrap()
+}
+
+async fn place(runtime: &Runtime, order: &str, lines: &[&str]) {
+    let lines = lines.iter().map(|line| (*line).to_owned()).collect();
+    runtime.execute::<Order>(order, OrderEvent::Placed { lines }).await.unwrap();
+}
+
+async fn note(runtime: &Runtime, order: &str, text: &str) {
+    runtime.execute::<Order>(order, OrderEvent::Noted { text: text.into() }).await.unwrap();
+}
+
+async fn log(runtime: &Runtime) -> Vec<RecordedEvent> {
+    let read = ReadLog::after(Position::START).filter(Filter::all()).limit(10_000);
+    runtime.store().read_log(read).await.unwrap().events
+}
+
+async fn names(runtime: &Runtime, stream: &str) -> Vec<String> {
+    let log = log(runtime).await.into_iter().filter(|event| event.stream.to_string() == stream);
+    log.map(|event| event.name.to_string()).collect()
+}
+
+async fn status(runtime: &Runtime, id: &str) -> Option<InstanceStatus> {
+    runtime.process::<Fulfilment>(id).status().await.unwrap()
+}
+
+async fn until(runtime: &Runtime, id: &str, state: InstanceState) -> InstanceStatus {
+    let found = async || status(runtime, id).await.filter(|status| status.state == state);
+    eventually(&format!("{id} is {state:?}"), found).await
+}
+
+#[tokio::test]
+async fn an_instance_completes_after_its_commands() {
+    let runtime = start().await;
+    place(&runtime, "17", &["tea", "milk"]).await;
+    let done = until(&runtime, "17", InstanceState::Completed).await;
+    assert!(done.effects.is_empty() && done.timers.is_empty() && done.held == 0);
+    let events = names(&runtime, "fulfilment/17").await;
+    assert_eq!(
+        events,
+        [
+            "fulfilment.input",
+            "fulfilment.effect",
+            "fulfilment.effect",
+            "fulfilment.input",
+            "fulfilment.input",
+            "fulfilment.ended"
+        ]
+    );
+    assert_eq!(names(&runtime, "stock/tea").await, ["stock.reserved"]);
+    // The correlation of the order goes on to everything that it caused.
+    let log = log(&runtime).await;
+    let correlation = log[0].command_id;
+    for event in &log[1..] {
+        assert_eq!(event.decode_metadata().unwrap().correlation_id, Some(correlation), "{}", event.name);
+    }
+    runtime.shutdown().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_refusal_undoes_what_was_done() {
+    let runtime = start().await;
+    place(&runtime, "1", &["tea"]).await;
+    place(&runtime, "2", &["tea"]).await;
+    until(&runtime, "2", InstanceState::Completed).await;
+    place(&runtime, "3", &["milk", "tea", "bread"]).await;
+    until(&runtime, "3", InstanceState::Compensated).await;
+    assert_eq!(names(&runtime, "stock/tea").await, ["stock.reserved", "stock.reserved"]);
+    for line in ["milk", "bread"] {
+        assert_eq!(names(&runtime, &format!("stock/{line}")).await, ["stock.reserved", "stock.released"]);
+    }
+    runtime.shutdown().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_timer_fires_once_or_is_cancelled() {
+    let runtime = start().await;
+    for id in ["fires", "cancelled", "replaced"] {
+        place(&runtime, id, &[]).await;
+    }
+    note(&runtime, "cancelled", "soon").await;
+    note(&runtime, "cancelled", "never").await;
+    note(&runtime, "replaced", "soon").await;
+    note(&runtime, "replaced", "later").await;
+    note(&runtime, "fires", "soon").await;
+    until(&runtime, "fires", InstanceState::Completed).await;
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    assert_eq!(status(&runtime, "cancelled").await.unwrap().timers, []);
+    let replaced = status(&runtime, "replaced").await.unwrap();
+    assert_eq!((replaced.state, replaced.timers.len()), (InstanceState::Running, 1));
+    // Late inputs are ignored, and counted.
+    note(&runtime, "fires", "soon").await;
+    place(&runtime, "replaced", &["tea"]).await;
+    note(&runtime, "unknown", "soon").await;
+    let ignored = async || (runtime.status().await.processes[0].ignored == 3).then_some(());
+    eventually("three events are ignored", ignored).await;
+    assert_eq!(status(&runtime, "unknown").await, None);
+    assert_eq!(names(&runtime, "stock/tea").await.len(), 0);
+    runtime.shutdown().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_panic_parks_this_instance_alone() {
+    let runtime = start().await;
+    place(&runtime, "1", &[]).await;
+    place(&runtime, "2", &[]).await;
+    note(&runtime, "1", "panic").await;
+    note(&runtime, "1", "soon").await;
+    note(&runtime, "2", "soon").await;
+    until(&runtime, "2", InstanceState::Completed).await;
+    let parked = until(&runtime, "1", InstanceState::Parked).await;
+    assert_eq!(parked.parked.as_deref(), Some("the process panicked: as noted"));
+    let held = async || status(&runtime, "1").await.filter(|status| status.held == 2);
+    eventually("two inputs are held", held).await;
+    // It panics again.
+    let one = runtime.process::<Fulfilment>("1");
+    one.retry().await.unwrap();
+    let parked_twice = async || (runtime.status().await.processes[0].parked >= 1).then_some(());
+    eventually("it is parked again", parked_twice).await;
+    until(&runtime, "1", InstanceState::Parked).await;
+    assert!(runtime.process::<Fulfilment>("2").retry().await.unwrap_err().to_string().contains("not parked"));
+    assert!(
+        runtime.process::<Fulfilment>("3").cancel().await.unwrap_err().to_string().contains("no instance")
+    );
+    one.cancel().await.unwrap();
+    let cancelled = until(&runtime, "1", InstanceState::Cancelled).await;
+    assert_eq!((cancelled.held, cancelled.parked), (0, None));
+    runtime.shutdown().await.unwrap();
+}
+
+/// A later version of [`Fulfilment`], without the fault.
+#[derive(Default)]
+struct Repaired;
+
+impl Process for Repaired {
+    const NAME: &'static str = Fulfilment::NAME;
+    type Event = OrderEvent;
+
+    fn routes() -> Routes<OrderEvent> {
+        Fulfilment::routes()
+    }
+
+    fn react(&self, input: Input<'_, OrderEvent>, _: &ProcessContext<'_>) -> Next {
+        match input {
+            Input::Event(OrderEvent::Noted { text }) if text == "soon" => Next::new().complete(),
+            _ => Next::none(),
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_retry_after_a_deploy_reacts_to_the_held_inputs_in_order() {
+    let runtime = start().await;
+    place(&runtime, "1", &[]).await;
+    note(&runtime, "1", "panic").await;
+    note(&runtime, "1", "soon").await;
+    let held = async || status(&runtime, "1").await.filter(|status| status.held == 2);
+    eventually("two inputs are held", held).await;
+    let store = runtime.store().clone();
+    runtime.shutdown().await.unwrap();
+    let runtime =
+        Runtime::builder().store(store).aggregate::<Order>().process::<Repaired>().start().await.unwrap();
+    runtime.process::<Repaired>("1").retry().await.unwrap();
+    until(&runtime, "1", InstanceState::Completed).await;
+    runtime.shutdown().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_reset_of_the_follower_has_no_effect() {
+    let runtime = start().await;
+    for order in 0..20 {
+        place(&runtime, &order.to_string(), &[&format!("line {order}")]).await;
+    }
+    for order in 0..20 {
+        until(&runtime, &order.to_string(), InstanceState::Completed).await;
+    }
+    let before = log(&runtime).await.len();
+    let follower = runtime.projection("process fulfilment").unwrap();
+    follower.wait_until_caught_up(Duration::from_secs(10)).await.unwrap();
+    follower.reset().await.unwrap();
+    follower.wait_until_caught_up(Duration::from_secs(10)).await.unwrap();
+    assert_eq!(log(&runtime).await.len(), before);
+    runtime.shutdown().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_new_process_starts_at_the_end_of_the_log() {
+    let store: Arc<dyn storied::EventStore> = Arc::new(MemoryStore::new());
+    let runtime = Runtime::builder().store(store.clone()).aggregate::<Order>().start().await.unwrap();
+    place(&runtime, "old", &[]).await;
+    runtime.shutdown().await.unwrap();
+    let builder = Runtime::builder().store(store).aggregate::<Order>().aggregate::<Stock>();
+    let runtime = builder.process::<Fulfilment>().start().await.unwrap();
+    place(&runtime, "new", &["tea"]).await;
+    until(&runtime, "new", InstanceState::Completed).await;
+    let follower = runtime.projection("process fulfilment").unwrap();
+    follower.reset().await.unwrap();
+    follower.wait_until_caught_up(Duration::from_secs(10)).await.unwrap();
+    assert_eq!(status(&runtime, "old").await, None);
+    runtime.shutdown().await.unwrap();
+}
+
+/// A process without state whose route is unknown.
+#[derive(Default)]
+struct Misrouted;
+
+impl Process for Misrouted {
+    const NAME: &'static str = "misrouted";
+    type Event = OrderEvent;
+
+    fn routes() -> Routes<OrderEvent> {
+        Routes::new().starts(["shipped"], |_: &OrderEvent, recorded| recorded.stream.id().to_owned())
+    }
+
+    fn react(&self, _: Input<'_, OrderEvent>, _: &ProcessContext<'_>) -> Next {
+        Next::none()
+    }
+}
+
+#[tokio::test]
+async fn invalid_registrations_do_not_start() {
+    let builder = || Runtime::builder().store(MemoryStore::new());
+    let error = builder().process::<Misrouted>().start().await.unwrap_err();
+    assert!(matches!(error, StartError::Route { name: "misrouted", .. }), "{error}");
+    assert!(error.to_string().contains("has no variant \"shipped\""), "{error}");
+    let error = builder().process::<Fulfilment>().process::<Repaired>().start().await.unwrap_err();
+    assert!(matches!(error, StartError::SameProcess { name: "fulfilment" }), "{error}");
+    let options = ProcessOptions::new().max_depth(0);
+    let error = builder().process_with::<Fulfilment>(options).start().await.unwrap_err();
+    assert!(error.to_string().contains("ProcessOptions::max_depth"), "{error}");
+}
+
+/// A command of the shared handler.
+#[derive(Serialize, Deserialize)]
+struct Charge {
+    order: String,
+}
+
+struct Slow;
+
+impl Handler for Slow {
+    const NAME: &'static str = "charge";
+    type Command = Charge;
+    type Reply = String;
+    type Error = NeverRejects;
+
+    async fn handle(&self, charge: &Charge, _: &HandlerContext) -> Result<String, HandleError<NeverRejects>> {
+        if charge.order == "slow" {
+            tokio::time::sleep(Duration::from_millis(400)).await;
+        }
+        Ok(format!("charged {}", charge.order))
+    }
+}
+
+/// Charges each placed order: the small case.
+#[derive(Default)]
+struct Charges;
+
+impl Process for Charges {
+    const NAME: &'static str = "charges";
+    type Event = OrderEvent;
+
+    fn routes() -> Routes<OrderEvent> {
+        Routes::new().starts_or_continues(["placed"], |_: &OrderEvent, e| e.stream.id().to_owned())
+    }
+
+    fn react(&self, input: Input<'_, OrderEvent>, context: &ProcessContext<'_>) -> Next {
+        match input {
+            Input::Event(_) => {
+                Next::new().execute_handler::<Slow>("charge", Charge { order: context.id().to_owned() })
+            }
+            Input::Done { reply, .. } => {
+                assert_eq!(reply.decode::<String>().unwrap(), format!("charged {}", context.id()));
+                Next::none()
+            }
+            _ => Next::none(),
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_slow_command_delays_no_other_instance_and_no_shutdown_loses_it() {
+    let store: Arc<dyn storied::EventStore> = Arc::new(MemoryStore::new());
+    let start = async || {
+        let builder = Runtime::builder().store(store.clone()).aggregate::<Order>();
+        builder
+            .handler_with(Slow, HandlerOptions::new().workers(4))
+            .process::<Charges>()
+            .start()
+            .await
+            .unwrap()
+    };
+    let runtime = start().await;
+    place(&runtime, "slow", &[]).await;
+    place(&runtime, "fast", &[]).await;
+    let instance = |id: &'static str| {
+        let handle = runtime.process::<Charges>(id);
+        async move || {
+            handle
+                .status()
+                .await
+                .unwrap()
+                .filter(|status| status.effects.is_empty() && status.version.get() == 3)
+        }
+    };
+    eventually("the fast one is charged", instance("fast")).await;
+    assert!(instance("slow")().await.is_none(), "the slow one is still running");
+    runtime.shutdown().await.unwrap();
+    let runtime = start().await;
+    let handle = runtime.process::<Charges>("slow");
+    let charged = async || handle.status().await.unwrap().filter(|status| status.effects.is_empty());
+    eventually("the slow one is charged", charged).await;
+    assert_eq!(handle.status().await.unwrap().unwrap().parked, None);
+    runtime.shutdown().await.unwrap();
+}
+
+/// Two processes whose aggregates trigger each other.
+#[derive(Default)]
+struct Ping;
+
+impl Process for Ping {
+    const NAME: &'static str = "ping";
+    type Event = OrderEvent;
+
+    fn routes() -> Routes<OrderEvent> {
+        Routes::new().starts_or_continues(["noted"], |_: &OrderEvent, _| "only".to_owned())
+    }
+
+    fn react(&self, input: Input<'_, OrderEvent>, context: &ProcessContext<'_>) -> Next {
+        match input {
+            Input::Event(OrderEvent::Noted { text }) => Next::new().execute::<Order>(
+                "again",
+                context.event().unwrap().stream.id(),
+                OrderEvent::Noted { text: format!("{text}!") },
+            ),
+            _ => Next::none(),
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_circle_of_reactions_stops_at_the_depth_limit() {
+    let options = ProcessOptions::new().max_depth(5);
+    let builder = Runtime::builder().store(MemoryStore::new()).aggregate::<Order>();
+    let runtime = builder.process_with::<Ping>(options).start().await.unwrap();
+    note(&runtime, "1", "a").await;
+    let handle = runtime.process::<Ping>("only");
+    let parked = async || handle.status().await.unwrap().and_then(|status| status.parked);
+    let reason = eventually("the instance is parked", parked).await;
+    assert!(reason.contains("depth 5 (limit 5)"), "{reason}");
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    assert_eq!(names(&runtime, "order/1").await.len(), 6);
+    runtime.shutdown().await.unwrap();
+}
+
+/// Its instance ids are the texts of the notes, also invalid ones.
+#[derive(Default)]
+struct Texts;
+
+impl Process for Texts {
+    const NAME: &'static str = "texts";
+    type Event = OrderEvent;
+
+    fn routes() -> Routes<OrderEvent> {
+        Routes::new().starts(["noted"], |event: &OrderEvent, _| match event {
+            OrderEvent::Noted { text } if text == "panic" => panic!("in a route"),
+            OrderEvent::Noted { text } => text.clone(),
+            OrderEvent::Placed { .. } => unreachable!(),
+        })
+    }
+
+    fn react(&self, input: Input<'_, OrderEvent>, _: &ProcessContext<'_>) -> Next {
+        match input {
+            Input::Event(OrderEvent::Noted { text }) if text == "twice" => Next::new()
+                .execute::<Order>("same", "1", OrderEvent::Noted { text: "x".into() })
+                .execute::<Order>("same", "1", OrderEvent::Noted { text: "x".into() }),
+            Input::Event(OrderEvent::Noted { text }) if text == "nowhere" => {
+                Next::new().execute::<Stock>("lost", "1", StockCommand::Release { order: "1".into() })
+            }
+            Input::Event(OrderEvent::Noted { text }) if text == "timers" => {
+                (0..101).fold(Next::new(), |next, n| next.after(n.to_string(), Duration::from_secs(60)))
+            }
+            Input::Event(OrderEvent::Noted { text }) if text == "unnamed" => {
+                Next::new().after("", Duration::ZERO)
+            }
+            _ => Next::none(),
+        }
+    }
+}
+
+#[tokio::test]
+async fn what_is_wrong_is_parked_alone_with_its_reason() {
+    let builder = Runtime::builder().store(MemoryStore::new()).aggregate::<Order>();
+    let runtime = builder.process::<Texts>().start().await.unwrap();
+    let long = "x".repeat(401);
+    for text in ["", "panic", "a\u{0}b", &long, "twice", "nowhere", "timers", "unnamed", "good"] {
+        note(&runtime, "1", text).await;
+    }
+    let status = async |id: &str| runtime.process::<Texts>(id).status().await.unwrap();
+    eventually("the last event is consumed", async || status("good").await).await;
+    for (id, reason) in [
+        ("twice", "two commands with the key \"same\""),
+        ("nowhere", "no node handles commands for \"stock\""),
+        ("timers", "too many timers: 101 (limit 100)"),
+        ("unnamed", "invalid timer name \"\": empty"),
+    ] {
+        let parked = async || status(id).await.and_then(|status| status.parked);
+        let found = eventually("the instance is parked", parked).await;
+        assert!(found.contains(reason), "{id}: {found}");
+    }
+    let follower = runtime.projection("process texts").unwrap();
+    let parked = follower.parked(10).await.unwrap();
+    let reasons: Vec<_> = parked.iter().map(|event| event.error.clone()).collect();
+    assert_eq!(reasons.len(), 4, "{reasons:?}");
+    for (reason, expected) in
+        reasons.iter().zip(["empty aggregate id", "in a route", "control character", "aggregate id too long"])
+    {
+        assert!(reason.contains(expected), "{reason}");
+    }
+    runtime.shutdown().await.unwrap();
+}
