@@ -15,6 +15,7 @@ mod docs;
 mod examples;
 mod group_commit;
 mod process;
+mod process_faults;
 mod projection;
 mod retail_domain;
 mod runtime;

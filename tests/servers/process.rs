@@ -1,7 +1,5 @@
 //! Processes on PostgreSQL and SQLite, through the ends of nodes and servers.
 
-mod oracle;
-
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -14,8 +12,8 @@ use storied::{EventStore, NeverRejects, PostgresStore, ProcessOptions, Runtime, 
 use tokio::time::Instant;
 use uuid::Uuid;
 
-use self::oracle::{check, ended};
 use crate::support::fulfilment::{Fulfilment, Order, OrderEvent, Stock};
+use crate::support::fulfilment_oracle::{check, ended};
 use crate::support::{Dice, PATIENCE, PostgresServer, eventually_async};
 
 /// The shortest lease, so that a takeover is fast.

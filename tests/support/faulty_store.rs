@@ -14,6 +14,8 @@ use storied::{EventStore, MemoryStore, NewEvent, Position, RecordedEvent, Stream
 use tokio::sync::watch;
 use uuid::Uuid;
 
+use super::dice::Dice;
+
 type Rival = Arc<dyn Fn() -> NewEvent + Send + Sync>;
 
 #[derive(Clone)]
@@ -29,6 +31,16 @@ enum Fault {
     Discard,
     /// An append with an event of this payload is rejected alone.
     Poison(Vec<u8>),
+    /// So many of 100 writes fail, and as many take effect without an answer.
+    Sometimes(Arc<Dice>, u64),
+}
+
+/// The fate of a write under random faults.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Chance {
+    Fine,
+    Failed,
+    Unanswered,
 }
 
 #[derive(Clone)]
@@ -97,6 +109,22 @@ impl FaultyStore {
         self.set(Fault::Poison(payload));
     }
 
+    /// Fails so many of 100 writes, and leaves as many without an answer.
+    pub fn fail_sometimes(&self, percent: u64) {
+        self.set(Fault::Sometimes(Arc::new(Dice::random()), percent));
+    }
+
+    fn chance(&self) -> Chance {
+        match &*self.fault.lock().unwrap() {
+            Fault::Sometimes(dice, percent) => match dice.roll(100) {
+                roll if roll < *percent => Chance::Failed,
+                roll if roll < 2 * *percent => Chance::Unanswered,
+                _ => Chance::Fine,
+            },
+            _ => Chance::Fine,
+        }
+    }
+
     pub fn append_and_forget(&self) {
         self.set(Fault::Forget);
     }
@@ -160,6 +188,10 @@ impl FaultyStore {
     }
 }
 
+fn unavailable() -> StoreError {
+    StoreError::Unavailable { reason: "by chance".into(), source: None }
+}
+
 async fn until(gate: &watch::Sender<bool>) {
     let _ = gate.subscribe().wait_for(|holding| !holding).await;
 }
@@ -208,6 +240,15 @@ impl EventStore for FaultyStore {
                         self.inner.append(batch).await
                     }
                 }
+                Fault::Sometimes(..) => match self.chance() {
+                    Chance::Fine => self.inner.append(batch).await,
+                    Chance::Failed => batch.iter().map(|_| Err(unavailable().into())).collect(),
+                    Chance::Unanswered => {
+                        let answers = self.inner.append(batch).await;
+                        let unknown = StoreError::OutcomeUnknown { reason: "cut off".into(), source: None };
+                        answers.iter().map(|_| Err(unknown.clone().into())).collect()
+                    }
+                },
                 Fault::Discard => panic!("nothing is appended to a forgetful store"),
             }
         })
@@ -259,7 +300,16 @@ impl EventStore for FaultyStore {
     }
 
     fn write_progress(&self, writes: Vec<ProgressWrite>) -> BoxFuture<'_, Result<(), CheckpointError>> {
-        self.inner.write_progress(writes)
+        Box::pin(async move {
+            match self.chance() {
+                Chance::Fine => self.inner.write_progress(writes).await,
+                Chance::Failed => Err(unavailable().into()),
+                Chance::Unanswered => {
+                    self.inner.write_progress(writes).await?;
+                    Err(unavailable().into())
+                }
+            }
+        })
     }
 
     fn parked<'a>(
@@ -389,7 +439,16 @@ impl EventStore for FaultyStore {
         put: Vec<storied::store::NewTimer>,
         remove: Vec<storied::store::TimerRef>,
     ) -> BoxFuture<'a, Result<(), StoreError>> {
-        self.inner.write_timers(process, put, remove)
+        Box::pin(async move {
+            match self.chance() {
+                Chance::Fine => self.inner.write_timers(process, put, remove).await,
+                Chance::Failed => Err(unavailable()),
+                Chance::Unanswered => {
+                    self.inner.write_timers(process, put, remove).await?;
+                    Err(unavailable())
+                }
+            }
+        })
     }
 
     fn due_timers<'a>(

@@ -30,6 +30,7 @@ mod dice;
 mod example;
 mod faulty_store;
 pub mod fulfilment;
+pub mod fulfilment_oracle;
 mod nats;
 mod pgbouncer;
 mod ports;
