@@ -45,6 +45,8 @@ mod route_cache;
 mod routes;
 mod start;
 mod timer_writer;
+#[cfg(feature = "testing")]
+pub(crate) mod trial;
 mod work;
 
 pub use self::context::ProcessContext;

@@ -2,6 +2,7 @@
 //!
 //! - [`given`]: tests decisions of an aggregate without a runtime:
 //!   `given(events).when(command).then(events)`;
+//! - [`given_process`]: tests the reactions of a process without a runtime;
 //! - [`roundtrip`]: tests that your events can be stored and read, in both codecs;
 //! - [`store`]: the conformance suite of event stores.
 //!
@@ -28,5 +29,6 @@ pub mod store;
 pub use self::given::{Given, Then, When, given};
 pub use self::node::Node;
 pub use self::roundtrip::roundtrip;
+pub use crate::process::trial::{ProcessTrial, given_process};
 #[doc(hidden)]
 pub use crate::projection::sealed::Sealed;

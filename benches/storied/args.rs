@@ -48,6 +48,8 @@ pub enum Workload {
     Creations,
     /// Commands beside readers of the log.
     Mixed,
+    /// Reactions of a process: an event, and a command to another aggregate.
+    Reactions,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -89,7 +91,7 @@ pub struct Args {
 }
 
 const USAGE: &str = "usage: cargo bench --bench storied -- \
-[all|codec|commands|hot|append|cpu|creations|mixed|catchup|rehydrate|publish|acks|latency|live|dispatch|remote|memory|scale]
+[all|codec|commands|hot|append|cpu|creations|mixed|reactions|catchup|rehydrate|publish|acks|latency|live|dispatch|remote|memory|scale]
        [--store memory|sqlite|postgres] [--bus local|core|jetstream] [--callers N] [--events N] [--payload BYTES]
        [--runs N] [--json FILE]
    or: cargo bench --bench storied -- growth MILLIONS [--long-lived] [--svg FILE]
@@ -100,7 +102,7 @@ acks-awaited, acks-dedup; live, live-latency; dispatch-1 to -3 and remote-1 to -
 to -4 (processes)";
 
 impl Workload {
-    const ALL: [Workload; 30] = [
+    const ALL: [Workload; 31] = [
         Workload::Codec(Codec::Cbor),
         Workload::Codec(Codec::Json),
         Workload::Commands,
@@ -112,6 +114,7 @@ impl Workload {
         Workload::CpuClient,
         Workload::Creations,
         Workload::Mixed,
+        Workload::Reactions,
         Workload::Catchup,
         Workload::Rehydrate,
         Workload::Publish,
@@ -156,6 +159,7 @@ impl Workload {
             Workload::CpuClient => "cpu-client".into(),
             Workload::Creations => "creations".into(),
             Workload::Mixed => "mixed".into(),
+            Workload::Reactions => "reactions".into(),
         }
     }
 
@@ -197,7 +201,7 @@ impl Workload {
     fn callers(self) -> &'static [usize] {
         match self {
             Workload::Commands | Workload::CpuClient | Workload::Creations | Workload::Mixed => &[64],
-            Workload::Hot | Workload::Dispatch(_) | Workload::Remote(_) => &[1, 64],
+            Workload::Hot | Workload::Dispatch(_) | Workload::Remote(_) | Workload::Reactions => &[1, 64],
             Workload::Scale(_) => &[8],
             _ => &[1],
         }
@@ -221,6 +225,8 @@ impl Workload {
             (Workload::Cpu(_), _) => 60_000,
             (Workload::CpuClient, _) => 100_000,
             (Workload::Creations | Workload::Mixed, _) => 20_000,
+            (Workload::Reactions, _) if callers == 1 => 500,
+            (Workload::Reactions, _) => 20_000,
             (Workload::MemoryIdle, _) => 100_000,
             (Workload::MemoryCatchup, _) => 1_000_000,
             (Workload::Catchup | Workload::Publish, _) => 200_000,

@@ -6,7 +6,7 @@
 //! cargo bench --bench storied -- table FILE.json...
 //! ```
 //!
-//! Workloads: `codec`, `commands`, `hot`, `append`, `cpu`, `creations`, `mixed`, `catchup`, `rehydrate`,
+//! Workloads: `codec`, `commands`, `hot`, `append`, `cpu`, `creations`, `mixed`, `reactions`, `catchup`, `rehydrate`,
 //! `publish`, `acks`, `latency`, `live`, `dispatch`, `remote`, `memory`, `scale`, or `all` (the default),
 //! on every store and every bus that is not excluded. storied and the limit run in turns, `runs` times. The report
 //! has the medians, and their ratio with its spread. The function of a workload describes its limit.
@@ -38,6 +38,7 @@ mod live;
 mod measure;
 mod memory;
 mod nats;
+mod reactions;
 mod scale;
 mod stores;
 #[path = "../../tests/support/mod.rs"]
@@ -95,6 +96,7 @@ async fn run(plan: &args::Plan) -> Comparison {
         Workload::CpuClient => cpu::client(plan).await,
         Workload::Creations => workloads::creations(plan).await,
         Workload::Mixed => workloads::mixed(plan).await,
+        Workload::Reactions => reactions::reactions(plan).await,
         Workload::Catchup => workloads::catchup(plan).await,
         Workload::Rehydrate => workloads::rehydrate(plan).await,
         Workload::Publish if plan.bus == BusKind::JetStream => delivery::log_stream(plan).await,

@@ -83,6 +83,11 @@ impl<P: Process> Aggregate for Instance<P> {
 }
 
 impl<P: Process> Instance<P> {
+    #[cfg(feature = "testing")]
+    pub(super) fn process(&self) -> &P {
+        &self.process
+    }
+
     /// Returns why an event is not consumed.
     fn refusal(&self, position: Position, route: RouteKind, late: bool) -> Option<Consumed> {
         let record = &self.record;

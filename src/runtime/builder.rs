@@ -201,8 +201,8 @@ impl Builder {
             bus.observe(&telemetry);
         }
         let node = Uuid::now_v7();
-        let supervisor = Supervisor::start().await?;
-        let feed = Feed::start(store.clone(), self.bus.clone(), self.feed);
+        let (supervisor, feed) =
+            (Supervisor::start().await?, Feed::start(store.clone(), self.bus.clone(), self.feed));
         let publisher = match self.bus.clone() {
             None => None,
             Some(bus) => {

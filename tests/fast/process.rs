@@ -11,7 +11,9 @@ use storied::{Filter, MemoryStore, NeverRejects, Position, ProcessOptions, Recor
 
 use serde::{Deserialize, Serialize};
 
-use crate::support::fulfilment::{Fulfilment, Order, OrderEvent, Stock, StockCommand};
+use storied::testing::given_process;
+
+use crate::support::fulfilment::{Fulfilment, Order, OrderEvent, SoldOut, Stock, StockCommand};
 
 /// Waits until `check` returns a value.
 async fn eventually<T>(what: &str, mut check: impl AsyncFnMut() -> Option<T>) -> T {
@@ -447,4 +449,32 @@ async fn what_is_wrong_is_parked_alone_with_its_reason() {
         assert!(reason.contains(expected), "{reason}");
     }
     runtime.shutdown().await.unwrap();
+}
+
+#[test]
+fn a_process_is_tested_without_a_runtime() {
+    let lines = vec!["tea".to_owned(), "milk".to_owned()];
+    let reserve = || StockCommand::Reserve { order: "17".into() };
+    let done = given_process::<Fulfilment>("17")
+        .when_event("17", OrderEvent::Placed { lines: lines.clone() })
+        .then_executes::<Stock>("reserve tea", "tea", reserve())
+        .then_executes::<Stock>("reserve milk", "milk", reserve())
+        .then_nothing()
+        .when_event("17", OrderEvent::Noted { text: "later".into() })
+        .then_starts_timer("soon", Duration::from_secs(3_600))
+        .when_event("17", OrderEvent::Noted { text: "never".into() })
+        .then_cancels_timer("soon")
+        .when_done("reserve tea", 1_u32)
+        .then_nothing();
+    assert_eq!(done.state().reserved, 1);
+    done.when_refused("reserve milk", SoldOut(2))
+        .then_compensates()
+        .then_executes::<Stock>("undo reserve tea", "tea", StockCommand::Release { order: "17".into() })
+        .then_nothing()
+        .when_done("undo reserve tea", 0_u32)
+        .then_is_compensated();
+    given_process::<Fulfilment>("17")
+        .when_event("17", OrderEvent::Placed { lines: vec![] })
+        .when_event("17", OrderEvent::Noted { text: "panic".into() })
+        .then_is_parked("the process panicked: as noted");
 }

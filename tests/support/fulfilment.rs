@@ -49,7 +49,7 @@ impl Event for StockEvent {
     const CATEGORY: &'static str = "stock";
 }
 
-#[derive(Serialize, Deserialize)]
+#[derive(Debug, PartialEq, Serialize, Deserialize)]
 pub enum StockCommand {
     Reserve { order: String },
     Release { order: String },
@@ -88,8 +88,8 @@ impl Aggregate for Stock {
 /// Reserves every line; completes if all are reserved, compensates if one is refused.
 #[derive(Default)]
 pub struct Fulfilment {
-    lines: usize,
-    reserved: usize,
+    pub lines: usize,
+    pub reserved: usize,
 }
 
 impl Process for Fulfilment {
