@@ -10,6 +10,7 @@
 
 mod bank;
 mod chaos;
+mod fulfilment;
 mod retail;
 mod soak;
 
