@@ -20,6 +20,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use sqlx::{Connection, PgConnection, PgPool, SqliteConnection, SqlitePool};
 use storied::command::{CommandBus, NatsCommandOptions};
+use storied::process::{Input, InstanceState, Next, Process, ProcessContext, Routes};
 use storied::projection::{ApplyError, InMemoryIndex, Projection, ProjectionState};
 use storied::runtime::Builder;
 use storied::{
@@ -203,6 +204,58 @@ pub async fn projections(directory: &Path) -> Result<(), Failure> {
     Ok(())
 }
 
+#[derive(Default)]
+pub struct ExtraNight;
+
+impl Process for ExtraNight {
+    const NAME: &'static str = "extra_night";
+    type Event = ShowEvent;
+
+    fn routes() -> Routes<ShowEvent> {
+        Routes::new().starts(["sold_out"], |_: &ShowEvent, recorded| recorded.stream.id().to_owned())
+    }
+
+    fn react(&self, _: Input<'_, ShowEvent>, context: &ProcessContext<'_>) -> Next {
+        let announce = ShowCommand::Announce { title: "An extra night".into(), seats: 3 };
+        Next::new().execute::<Show>("announce", format!("{}-extra", context.id()), announce).complete()
+    }
+}
+
+/// Announces another show when one is sold out.
+pub async fn processes(directory: &Path) -> Result<(), Failure> {
+    let runtime = Runtime::builder()
+        .store(SqliteStore::open(directory.join("shows.db")).await?)
+        .aggregate::<Show>()
+        .process::<ExtraNight>()
+        .start()
+        .await?;
+
+    let announce = ShowCommand::Announce { title: "Tosca".into(), seats: 1 };
+    runtime.execute::<Show>("tosca", announce).await?;
+    let sell = || ShowCommand::Sell { buyer: "Ada".into(), seats: 1 };
+    runtime.execute::<Show>("tosca", sell()).await?; // the last seat
+
+    let instance = runtime.process::<ExtraNight>("tosca");
+    let ended = |state, open: usize| state == InstanceState::Completed && open == 0;
+    while !instance.status().await?.is_some_and(|status| ended(status.state, status.effects.len())) {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    assert_eq!(runtime.execute::<Show>("tosca-extra", sell()).await?.reply, 2);
+    retry(&runtime, "tosca").await?;
+    runtime.shutdown().await?;
+    Ok(())
+}
+
+/// Continues an instance that is parked.
+pub async fn retry(runtime: &Runtime, show: &str) -> Result<(), Failure> {
+    let instance = runtime.process::<ExtraNight>(show);
+    if let Some(reason) = instance.status().await?.and_then(|status| status.parked) {
+        eprintln!("the instance of {show} is parked: {reason}");
+        instance.retry().await?; // or cancel(), or compensate()
+    }
+    Ok(())
+}
+
 pub struct SharedSales;
 
 impl Projection for SharedSales {
@@ -341,6 +394,7 @@ async fn run() -> Result<(), Failure> {
         let directory = tempfile::tempdir()?;
         commands(directory.path()).await?;
         projections(directory.path()).await?;
+        processes(directory.path()).await?;
         writeln!(stdout(), "3 seats were sold, once each")?;
         return Ok(());
     };

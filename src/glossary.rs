@@ -73,6 +73,18 @@
 //! - **cut-over**: The switch of the readers from the old version to the rebuilt one, in one
 //!   transaction.
 //!
+//! # Processes
+//!
+//! - **process**: Code that reacts to events with commands to other aggregates and with timers. In
+//!   code: [`Process`](crate::process::Process). A process of the operating system is a *node
+//!   process*, unless the context is clear.
+//! - **instance**: A run of a process for one subject, such as one order. It has a stream, which
+//!   holds its inputs and effects. In code: [`InstanceHandle`](crate::process::InstanceHandle).
+//! - **effect**: A command that an instance sends. It is stored in the append of its reaction, and
+//!   has a key that the answer names.
+//! - **timer**: A durable wait of an instance, by the clock of the store. When it is due, the
+//!   instance receives an input. In code: [`Next::after`](crate::process::Next::after).
+//!
 //! # Failures
 //!
 //! - **retry**: Another attempt after a failure that may be temporary.
@@ -82,7 +94,8 @@
 //! - **deadline**: The point in time at which an operation ends at the latest.
 //! - **poison event**: An event that fails again at every attempt.
 //! - **parked**: Set aside by a projection after its retries, so that the next events are applied.
-//!   Stored as a [`ParkedEvent`](crate::store::ParkedEvent) until it is retried or discarded.
+//!   Stored as a [`ParkedEvent`](crate::store::ParkedEvent) until it is retried or discarded. A
+//!   parked instance of a process records inputs, and reacts to them after a retry.
 //! - **dead letter**: A message that a subscription has given up. It is kept in a stream of its
 //!   own.
 //!

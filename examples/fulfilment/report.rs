@@ -7,8 +7,9 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::time::Duration;
 
+use chrono::{DateTime, Utc};
 use serde_json::Value;
-use storied::{EventStore, Filter, Position, ReadLog, RecordedEvent};
+use storied::{EventStore, Filter, Position, ReadLog, RecordedEvent, Version};
 use uuid::Uuid;
 
 use crate::Failure;
@@ -39,16 +40,42 @@ pub(crate) struct Report {
 }
 
 /// A command in the stream of an instance.
-#[derive(Debug)]
 struct Effect {
+    /// Stream of the instance.
     stream: String,
     key: String,
     /// Stream of the aggregate, or `None` for a handler.
     target: Option<String>,
     done: u64,
     rejected: u64,
-    /// Streams of the events with its id.
-    applied: Vec<String>,
+    /// Position of its last answer.
+    answered: Position,
+    /// Events with its id.
+    applied: Vec<Applied>,
+}
+
+/// An event that a command of the process has caused.
+struct Applied {
+    command: Uuid,
+    stream: String,
+    position: Position,
+    version: Version,
+    recorded_at: DateTime<Utc>,
+}
+
+impl fmt::Display for Applied {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { command, stream, position, version, recorded_at } = self;
+        let time = recorded_at.format("%T%.3f");
+        write!(f, "position {position} at {time}: {stream} version {version} of command {command}")
+    }
+}
+
+impl Applied {
+    fn by(command: Uuid, event: &RecordedEvent) -> Self {
+        let RecordedEvent { position, version, recorded_at, .. } = *event;
+        Self { command, stream: event.stream.to_string(), position, version, recorded_at }
+    }
 }
 
 /// An order and its instance.
@@ -72,12 +99,11 @@ struct Fulfilled {
 }
 
 /// What the log says, event by event.
-#[derive(Debug, Default)]
+#[derive(Default)]
 struct Log {
     orders: BTreeMap<String, Fulfilled>,
     effects: BTreeMap<Uuid, Effect>,
-    /// Events of targets: the command of the process, and the stream.
-    applied: Vec<(Uuid, String)>,
+    applied: Vec<Applied>,
     /// Pieces that are left of each product.
     stock: BTreeMap<String, i128>,
     received: u64,
@@ -100,7 +126,7 @@ impl Log {
                     OrderEvent::Shipped => order.shipped += 1,
                     OrderEvent::Cancelled => order.cancelled += 1,
                 }
-                self.applied.push((event.command_id, stream));
+                self.applied.push(Applied::by(event.command_id, event));
             }
             "stock" => self.read_stock(event, stream)?,
             "payment" => {
@@ -111,7 +137,7 @@ impl Log {
                 }
                 // The command of the process went to the handler, which has caused this event.
                 let cause = event.decode_metadata()?.causation_id;
-                self.applied.push((cause.unwrap_or(event.command_id), stream));
+                self.applied.push(Applied::by(cause.unwrap_or(event.command_id), event));
             }
             "fulfilment" => self.read_instance(event, stream, id)?,
             _ => {}
@@ -139,7 +165,7 @@ impl Log {
                 self.orders.entry(order).or_default().released += pieces;
             }
         }
-        self.applied.push((event.command_id, stream));
+        self.applied.push(Applied::by(event.command_id, event));
         Ok(())
     }
 
@@ -147,7 +173,8 @@ impl Log {
         let payload = serde_json::to_value(event).map_err(std::io::Error::other)?["payload"].take();
         let order = self.orders.entry(id).or_default();
         let name = event.name.as_str().trim_start_matches("fulfilment.");
-        order.log.push(format!("{} {name} {}", event.position, outline(&payload)));
+        let time = event.recorded_at.format("%T%.3f");
+        order.log.push(format!("{} {time} {name} {}", event.position, outline(&payload)));
         match name {
             "effect" => {
                 let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
@@ -155,9 +182,18 @@ impl Log {
                 let target = (command["kind"] == "aggregate")
                     .then(|| format!("{}/{}", text(&command["name"]), text(&command["target"])));
                 let key = text(&payload["key"]);
-                let effect = Effect { stream, key, target, done: 0, rejected: 0, applied: Vec::new() };
-                if let Some(effect) = self.effects.insert(uuid(&payload["id"])?, effect) {
-                    self.wrong.push(format!("{} has a command id twice: {effect:?}", effect.stream));
+                let effect = Effect {
+                    stream,
+                    key,
+                    target,
+                    done: 0,
+                    rejected: 0,
+                    answered: Position::START,
+                    applied: Vec::new(),
+                };
+                let id = uuid(&payload["id"])?;
+                if let Some(Effect { stream, key, .. }) = self.effects.insert(id, effect) {
+                    self.wrong.push(format!("{stream} has {key:?} ({id}) twice"));
                 }
             }
             "input" => {
@@ -166,6 +202,7 @@ impl Log {
                 if source.get("event").is_some() {
                     order.triggers.push(id);
                 } else if let Some(effect) = self.effects.get_mut(&id) {
+                    effect.answered = event.position;
                     effect.done += u64::from(source.get("done").is_some());
                     effect.rejected += u64::from(source.get("refused").is_some());
                 } else if source.get("due").is_none() {
@@ -185,7 +222,8 @@ fn outline(payload: &Value) -> String {
     let id = uuid(&payload["id"]).map(|id| id.to_string()).unwrap_or_default();
     let source = payload["source"].as_object().and_then(|source| source.iter().next());
     let source = source.map_or(String::new(), |(kind, source)| {
-        format!("{kind} {}{}", source["effect"].as_str().unwrap_or_default(), source["timer"])
+        let texts = ["effect", "timer", "message"].map(|field| source[field].as_str());
+        format!("{kind} {}", texts.into_iter().flatten().collect::<Vec<_>>().join(" "))
     });
     let texts = ["key", "ending", "reason", "name", "verb"].map(|field| payload[field].as_str());
     format!("{id} {source} {}", texts.into_iter().flatten().collect::<Vec<_>>().join(" "))
@@ -206,8 +244,11 @@ impl Effect {
             _ if self.done + self.rejected == 0 => Some("has no answer"),
             (2.., _) => Some("happened twice"),
             (0, _) if done => Some("did not happen, and its answer says so"),
-            (1, _) if !done => Some("happened, although it was rejected"),
-            (1, Some(target)) if self.applied[0] != *target => Some("happened in another stream"),
+            (1, _) if !done && self.applied[0].position < self.answered => {
+                Some("happened, and was rejected after that")
+            }
+            (1, _) if !done => Some("happened after its rejection, and its instance does not know"),
+            (1, Some(target)) if self.applied[0].stream != *target => Some("happened in another stream"),
             _ => None,
         }
     }
@@ -262,10 +303,10 @@ impl Report {
             after = page.scanned_to;
         }
         let Log { orders, mut effects, applied, stock, received, mut wrong } = log;
-        for (id, stream) in applied {
-            match effects.get_mut(&id) {
-                Some(effect) => effect.applied.push(stream),
-                None => wrong.push(format!("{stream} has an event of an unknown command {id}")),
+        for event in applied {
+            match effects.get_mut(&event.command) {
+                Some(effect) => effect.applied.push(event),
+                None => wrong.push(format!("an event of an unknown command: {event}")),
             }
         }
         let mut report = Self { received, left: stock.values().sum(), ..Self::default() };
@@ -275,7 +316,9 @@ impl Report {
             report.rejected += u64::from(effect.done == 0 && effect.rejected > 0);
             report.contradicted += u64::from(effect.done > 0 && effect.rejected > 0);
             if let Some(problem) = effect.problem() {
-                let problem = format!("{:?} ({id}) {problem}: {effect:?}", effect.key);
+                let events: Vec<_> = effect.applied.iter().map(ToString::to_string).collect();
+                let events = events.join(", ");
+                let problem = format!("{:?} ({id}) {problem}: [{events}]", effect.key);
                 strange.entry(effect.stream.clone()).or_default().push(problem);
             }
         }

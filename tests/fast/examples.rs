@@ -70,6 +70,8 @@ fn bad_input_is_answered_with_a_sentence() {
         ("bank", &["--nodes", "18446744073709551615"], "it is a number from 1 to 64"),
         ("retail", &["--nodes", "18446744073709551615"], "it is a number from 1 to 64"),
         ("bank", &["--transfers", "10", "--journal", "missing/journal"], "missing/journal"),
+        ("fulfilment", &["--nonsense"], "unknown option --nonsense"),
+        ("fulfilment", &["--orders", "18446744073709551615"], "it is a number from 0 to 1000000"),
     ] {
         let Said { output, took, left } = run(name, args, Stdio::piped());
         let stderr = String::from_utf8(output.stderr).unwrap();

@@ -44,6 +44,8 @@ impl Report {
 fn fulfilment(args: &[&str]) -> Command {
     let mut command = Command::new(example("fulfilment"));
     command.args(args).arg("--json").stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    // The faults and the retries explain a violation.
+    command.env("RUST_LOG", "error,fulfilment=info,storied::process=debug");
     command
 }
 
@@ -51,8 +53,9 @@ fn fulfilment(args: &[&str]) -> Command {
 fn report(run: Child) -> Report {
     let output = run.wait_with_output().unwrap();
     let said = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{}\n{said}", output.status);
-    serde_json::from_slice(&output.stdout).unwrap()
+    let report = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success(), "{}\n{report}\n{said}", output.status);
+    serde_json::from_str(&report).unwrap()
 }
 
 /// Runs in one process, with each kind of provider.

@@ -28,6 +28,7 @@ async fn one_process_keeps_the_log_and_builds_a_read_model_from_its_start() {
     let directory = tempfile::tempdir().unwrap();
     guide::commands(directory.path()).await.unwrap();
     guide::projections(directory.path()).await.unwrap();
+    guide::processes(directory.path()).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
