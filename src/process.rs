@@ -36,14 +36,18 @@ mod history;
 mod input;
 mod instance;
 mod instance_event;
+mod instance_page;
 mod next;
+mod operator;
 mod options;
 mod reaction;
 mod record;
+mod request;
 mod resumption;
 mod route_cache;
 mod routes;
 mod start;
+mod status;
 mod timer_writer;
 #[cfg(feature = "testing")]
 pub(crate) mod trial;
@@ -51,15 +55,18 @@ mod work;
 
 pub use self::context::ProcessContext;
 pub use self::error::{AnswerError, RequestError};
-pub use self::handle::{InstanceHandle, InstanceState, InstanceStatus, OpenEffect, OpenTimer};
+pub use self::handle::InstanceHandle;
 pub use self::input::{Input, Rejection, Reply};
+pub use self::instance_page::{InstancePage, ReadInstances};
 pub use self::next::Next;
+pub use self::operator::{Operator, ProcessRecord};
 pub use self::options::ProcessOptions;
 pub use self::routes::{Instances, Routes};
 pub use self::start::ProcessStatus;
 pub(crate) use self::start::{
     ProcessServices, RunningProcess, check_routes, projection_name, record_process_start, spawn,
 };
+pub use self::status::{InstanceState, InstanceStatus, OpenEffect, OpenTimer};
 
 /// A process manager: its routes, its reactions and its state.
 ///

@@ -60,6 +60,7 @@ pub use self::factory::{IntoProjection, PerTarget};
 pub(crate) use self::factory::{ProjectionFactory, spawn};
 pub use self::handle::ProjectionHandle;
 pub use self::in_memory_index::InMemoryIndex;
+pub(crate) use self::layout::owner_lease;
 pub use self::memory::InMemory;
 pub(crate) use self::name::problem as name_problem;
 pub use self::operator::{Operator, PartRecord, ProjectionRecord, RebuildRecord, RequestTicket};

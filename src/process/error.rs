@@ -8,12 +8,20 @@ pub struct AnswerError {
     pub reason: String,
 }
 
-/// A request to an instance that was not recorded.
+/// A failed request to an instance, or a failed read of instances.
 #[derive(Debug, Clone, thiserror::Error)]
 #[non_exhaustive]
 pub enum RequestError {
+    /// No node has ever owned a process of this name.
+    #[error("no process {process:?} in this store; {}", of_known(known))]
+    UnknownProcess {
+        /// Name of the process.
+        process: String,
+        /// The processes that exist.
+        known: Vec<String>,
+    },
     /// The instance does not exist.
-    #[error("process {process} has no instance {instance:?}")]
+    #[error("process {process} has no instance {instance:?}; check the id")]
     Unknown {
         /// Name of the process.
         process: String,
@@ -21,7 +29,7 @@ pub enum RequestError {
         instance: String,
     },
     /// The instance has ended.
-    #[error("instance {instance:?} of process {process} has ended")]
+    #[error("instance {instance:?} of process {process} has ended; there is nothing left to change")]
     Ended {
         /// Name of the process.
         process: String,
@@ -29,7 +37,7 @@ pub enum RequestError {
         instance: String,
     },
     /// The instance compensates already.
-    #[error("instance {instance:?} of process {process} compensates already")]
+    #[error("instance {instance:?} of process {process} compensates already; wait for its end, or cancel it")]
     Compensating {
         /// Name of the process.
         process: String,
@@ -37,7 +45,7 @@ pub enum RequestError {
         instance: String,
     },
     /// The instance is not parked, so there is nothing to retry.
-    #[error("instance {instance:?} of process {process} is not parked")]
+    #[error("instance {instance:?} of process {process} is not parked; only a parked instance can retry")]
     NotParked {
         /// Name of the process.
         process: String,
@@ -47,4 +55,11 @@ pub enum RequestError {
     /// The store failed.
     #[error(transparent)]
     Store(#[from] StoreError),
+}
+
+fn of_known(known: &[String]) -> String {
+    match known {
+        [] => "no node has run one".into(),
+        known => format!("it has {}", known.join(", ")),
+    }
 }

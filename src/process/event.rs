@@ -14,6 +14,18 @@ use crate::event::{EventName, Metadata, Position, RecordedEvent, StreamId, Versi
 /// Variant of the event with which an operator changes an instance.
 pub(super) const REQUESTED: &str = "requested";
 
+/// Variant of the event of an input: every instance begins with one.
+pub(super) const INPUT: &str = "input";
+
+/// Variant of the event that parks an instance.
+pub(super) const PARKED: &str = "parked";
+
+/// Variant of the event that begins a compensation.
+pub(super) const COMPENSATING: &str = "compensating";
+
+/// Variant of the event that ends an instance.
+pub(super) const ENDED: &str = "ended";
+
 /// An event of an instance. It needs no type of the user, so that tools can read it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]

@@ -18,6 +18,23 @@ pub(super) async fn load(store: &dyn EventStore, stream: &StreamId) -> Result<Re
     Ok(record)
 }
 
+/// Folds the stream of an instance. Also returns the version of the last event that `is_marker` accepts.
+pub(super) async fn load_with_last(
+    store: &dyn EventStore,
+    stream: &StreamId,
+    is_marker: impl Fn(&ProcessEvent) -> bool,
+) -> Result<(Record, Version), StoreError> {
+    let (mut record, mut last) = (Record::default(), Version::NONE);
+    let fold = |event: &ProcessEvent| {
+        record.fold(event);
+        if is_marker(event) {
+            last = record.version;
+        }
+    };
+    read(store, stream, fold).await?;
+    Ok((record, last))
+}
+
 /// Returns the version of an instance, and whether it has consumed an input.
 pub(super) async fn find_input(
     store: &dyn EventStore,

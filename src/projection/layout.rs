@@ -31,6 +31,11 @@ impl Role {
     }
 }
 
+/// Returns the name of the lease of a projection's owner; it is not partitioned.
+pub(crate) fn owner_lease(projection: &str) -> String {
+    Layout::new(projection, 0).lease(None, Role::Live)
+}
+
 /// A projection's name, and its number of partitions; 0 if it is not partitioned.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Layout {
