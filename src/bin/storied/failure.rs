@@ -5,6 +5,7 @@ use std::process::ExitCode;
 
 use storied::StoreError;
 use storied::bus::BusError;
+use storied::process::RequestError;
 
 use crate::redact;
 use crate::terminal;
@@ -99,6 +100,15 @@ impl From<StoreError> for Failure {
             StoreError::Invalid { .. } => Self::Usage(text),
             StoreError::Corrupt { .. } => Self::Problem(text),
             _ => Self::Refused(text),
+        }
+    }
+}
+
+impl From<RequestError> for Failure {
+    fn from(error: RequestError) -> Self {
+        match error {
+            RequestError::Store(error) => error.into(),
+            other => Self::Refused(redact::error(&other)),
         }
     }
 }

@@ -1,4 +1,4 @@
-//! `storied`: inspects and operates an event store and its projections, without their event types.
+//! `storied`: inspects and operates an event store, its projections and processes, without their types.
 //!
 //! It uses the stored data and the ports of the library only; see `docs/cli.md`.
 
@@ -16,6 +16,7 @@ mod migrate;
 mod nats;
 mod output;
 mod parked;
+mod process;
 mod projection;
 mod publisher;
 mod redact;
@@ -23,6 +24,7 @@ mod status;
 mod store;
 mod stream;
 mod terminal;
+mod timer;
 mod verify;
 mod wait;
 
@@ -45,7 +47,7 @@ const EXIT_CODES: &str = "Exit codes:
 
 Pass passwords in DATABASE_URL, NATS_URL or files: other users of the machine can read a command line.";
 
-/// Inspects and operates an event store and its projections.
+/// Inspects and operates an event store, its projections and its processes.
 #[derive(Debug, Parser)]
 #[command(name = "storied", version, after_help = EXIT_CODES)]
 struct Cli {
@@ -78,6 +80,12 @@ enum Command {
     /// Lists and resolves parked events
     #[command(subcommand)]
     Parked(parked::Command),
+    /// Lists and operates instances of processes
+    #[command(subcommand)]
+    Process(process::Command),
+    /// Lists the timers of processes
+    #[command(subcommand)]
+    Timer(timer::Command),
     /// Shows the status of the publisher
     #[command(subcommand)]
     Publisher(publisher::Command),
@@ -164,6 +172,8 @@ fn run(cli: Cli) -> Result<(), Failure> {
             Command::Stream(command) => stream::run(command, database, &mut out).await,
             Command::Projection(command) => projection::run(command, database, &mut out).await,
             Command::Parked(command) => parked::run(command, database, &mut out).await,
+            Command::Process(command) => process::run(command, database, &mut out).await,
+            Command::Timer(command) => timer::run(command, database, &mut out).await,
             Command::Publisher(command) => publisher::run(command, database, &mut out).await,
             Command::Store(command) => store::run(command, database, &mut out).await,
             Command::Nats(command) => nats::run(command, database, &mut out).await,
