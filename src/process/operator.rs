@@ -13,7 +13,7 @@ use super::follower::follower_name;
 use super::instance_page::{InstancePage, ReadInstances, read_page};
 use super::request::request;
 use super::status::{InstanceStatus, read_status, stream_of};
-use crate::event::Category;
+use crate::event::check_name;
 use crate::projection::owner_lease;
 use crate::store::{EventStore, LeaseInfo, StoreError, StoredTimer};
 
@@ -97,7 +97,8 @@ impl Operator {
     /// `UnknownProcess` if no node has ever owned it; `Invalid` if no process can have this name. If
     /// the store cannot be read.
     pub async fn process(&self, name: &str) -> Result<ProcessRecord, RequestError> {
-        Category::new(name).map_err(|error| StoreError::Invalid { reason: error.to_string() })?;
+        check_name("process name", name)
+            .map_err(|error| StoreError::Invalid { reason: error.to_string() })?;
         let processes = self.processes().await?;
         let found = processes.iter().find(|process| process.name == name).cloned();
         found.ok_or_else(|| RequestError::UnknownProcess {

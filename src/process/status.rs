@@ -8,7 +8,7 @@ use uuid::Uuid;
 use super::event::Ending;
 use super::history::load;
 use super::record::{Phase, Record};
-use crate::event::{StreamId, Version};
+use crate::event::{StreamId, Version, check_name, id_problem};
 use crate::store::{EventStore, StoreError};
 
 /// State of an instance. Serializes in snake case.
@@ -105,7 +105,12 @@ pub(super) async fn read_status(
 /// # Errors
 /// `Invalid` if the name or the id is invalid.
 pub(super) fn stream_of(process: &str, instance: &str) -> Result<StreamId, StoreError> {
-    StreamId::new(process, instance).map_err(|error| StoreError::Invalid { reason: error.to_string() })
+    let invalid = |reason: String| StoreError::Invalid { reason };
+    check_name("process name", process).map_err(|error| invalid(error.to_string()))?;
+    if let Some(problem) = id_problem("instance id", instance) {
+        return Err(invalid(problem));
+    }
+    StreamId::new(process, instance).map_err(|error| invalid(error.to_string()))
 }
 
 /// Returns the status of the instance with this stream.
