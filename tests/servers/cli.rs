@@ -2,6 +2,7 @@
 
 mod adoption;
 mod nats;
+mod processes;
 mod program;
 mod projections;
 mod reading;
