@@ -206,9 +206,15 @@ async fn show(operator: &Operator, one: &One, out: &mut Output) -> Result<(), Fa
         out.line(format!("reason    {reason}"))?;
     }
     out.line(format!("held      {} without a reaction", counted(status.held, "input")))?;
+    if status.effects.is_empty() {
+        out.line("effects   none without an answer")?;
+    }
+    if timers.is_empty() {
+        out.line("timers    none")?;
+    }
     effects(&status, out)?;
     if timers.is_empty() {
-        return out.line("timers    none");
+        return Ok(());
     }
     out.line("")?;
     let row = |(timer, stored): &(&OpenTimer, Option<&StoredTimer>)| {
@@ -221,7 +227,7 @@ async fn show(operator: &Operator, one: &One, out: &mut Output) -> Result<(), Fa
 /// Prints the commands without an answer.
 fn effects(status: &InstanceStatus, out: &mut Output) -> Result<(), Failure> {
     if status.effects.is_empty() {
-        return out.line("effects   none without an answer");
+        return Ok(());
     }
     let row = |effect: &OpenEffect| {
         let target = match &effect.target_id {
