@@ -4,6 +4,7 @@
 
 mod renewals;
 mod renewer;
+mod term;
 mod watcher;
 
 use std::future::Future;
@@ -17,6 +18,8 @@ use uuid::Uuid;
 pub(crate) use self::renewals::Renewals;
 pub(crate) use self::renewer::LeaseRenewer;
 use self::renewer::Renewal;
+pub(crate) use self::term::CurrentTerm;
+use self::term::LeaseTerm;
 pub(crate) use self::watcher::{LeaseView, LeaseWatcher, Observation};
 use crate::invalid_option::{DAY, InvalidOption, within};
 use crate::store::{EventStore, Lease, LeaseInfo, StoreError};
@@ -91,6 +94,11 @@ impl HeldLease {
             "raising the epoch of a lease above that of the checkpoint: leases were lost or restored"
         );
         Ok(Some(found.saturating_add(1)))
+    }
+
+    /// Returns the term of this lease, which other tasks can check.
+    pub(crate) fn term(&self) -> LeaseTerm {
+        LeaseTerm::new(self.sure.clone())
     }
 
     /// Waits until the lease is lost, or may be. Cancel-safe.

@@ -21,10 +21,12 @@
 //! instance alone is parked: it records further inputs, and reacts to them after a
 //! [retry](InstanceHandle::retry).
 
+mod attempt;
 mod batch;
 mod command;
 mod context;
 mod counters;
+mod doubts;
 mod driver;
 mod drivers;
 mod error;

@@ -29,8 +29,9 @@ pub(crate) enum ErasedAnswer {
     Done { reply: Vec<u8> },
     /// The aggregate or handler rejected it.
     Rejected { message: String, details: Vec<u8> },
-    /// The same command may succeed later, without intervention.
-    Transient { reason: String },
+    /// The same command may succeed later, without intervention. `uncertain`: the attempt may still
+    /// take effect.
+    Transient { reason: String, uncertain: bool },
     /// The command had no effect, and the next attempt probably has none either.
     Failed { reason: String },
 }
@@ -106,7 +107,7 @@ fn error(kind: NotExecutedKind) -> ExecuteError<NeverRejects> {
 fn answer(failure: Failure) -> ErasedAnswer {
     let Failure { code, message, details, outage, .. } = failure;
     if outage {
-        return ErasedAnswer::Transient { reason: message };
+        return ErasedAnswer::Transient { reason: message, uncertain: false };
     }
     match code {
         Code::Rejected => ErasedAnswer::Rejected { message, details },
@@ -115,10 +116,10 @@ fn answer(failure: Failure) -> ErasedAnswer {
         Code::RetriesExhausted
         | Code::Overloaded
         | Code::StoreUnavailable
-        | Code::OutcomeUnknown
         | Code::NoHandler
         | Code::Unavailable
-        | Code::ShuttingDown => ErasedAnswer::Transient { reason: message },
+        | Code::ShuttingDown => ErasedAnswer::Transient { reason: message, uncertain: false },
+        Code::OutcomeUnknown => ErasedAnswer::Transient { reason: message, uncertain: true },
         Code::ExpectedVersion
         | Code::Panicked
         | Code::Refused

@@ -15,7 +15,9 @@ use tokio::time::{Instant, sleep};
 use uuid::Uuid;
 
 use super::Process;
+use super::attempt::{Attempt, TargetKey, target_of};
 use super::command::{CommandKind, InstanceCommand, Settlement};
+use super::doubts::ATTEMPT_ENDS;
 use super::drivers::{Drivers, PATIENCE};
 use super::event::{Effect, Trail, Trigger};
 use super::history::find_input;
@@ -24,7 +26,7 @@ use super::resumption::resumption;
 use super::routes::RouteKind;
 use super::work::{Work, WorkError, WorkKind};
 use crate::backoff::Backoff;
-use crate::command::{ErasedAnswer, Kind};
+use crate::command::ErasedAnswer;
 use crate::event::{Metadata, RecordedEvent, StreamId, Version};
 use crate::future::BoxFuture;
 use crate::outage::is_outage;
@@ -32,6 +34,10 @@ use crate::store::ExpectedVersion;
 
 /// Number of attempts at a command that fails without having an effect.
 const ATTEMPTS: u32 = 3;
+
+/// First and longest wait between two attempts at a command.
+const FIRST_BACKOFF: Duration = Duration::from_millis(50);
+const MAX_BACKOFF: Duration = Duration::from_secs(1);
 
 /// Maximum number of commands in flight for one instance, so that it does not hold up the others.
 const SENDING: usize = 16;
@@ -95,8 +101,9 @@ struct Driver<'a, P: Process> {
     drivers: &'a Arc<Drivers<P>>,
     instance: &'a str,
     sending: FuturesUnordered<BoxFuture<'a, (Attempt, ErasedAnswer)>>,
-    /// Commands that wait: their target is busy with an earlier one, or too many are in flight.
-    waiting: VecDeque<Effect>,
+    /// Commands that wait: their target is busy with an earlier one, or too many are in flight. With
+    /// the time from which an attempt is the only one.
+    waiting: VecDeque<(Effect, Instant)>,
     /// Targets of the commands that are being sent.
     busy: HashSet<TargetKey>,
     /// Ids of the commands that are being sent or wait.
@@ -111,23 +118,6 @@ struct Driver<'a, P: Process> {
     version: Version,
     /// Work that ends with the driver.
     unfinished: Vec<oneshot::Sender<()>>,
-}
-
-type TargetKey = (Kind, String, String);
-
-/// A command that is being sent.
-struct Attempt {
-    effect: Effect,
-    failures: u32,
-    since: Instant,
-    backoff: Backoff,
-}
-
-fn target_of(effect: &Effect) -> TargetKey {
-    let command = &effect.command;
-    // Commands without a key have no order.
-    let target = command.target.clone().unwrap_or_else(|| effect.id.to_string());
-    (command.kind, command.name.clone(), target)
 }
 
 impl<'a, P: Process> Driver<'a, P> {
@@ -171,6 +161,10 @@ impl<'a, P: Process> Driver<'a, P> {
 
     /// Stops sending. The instance still has the commands.
     fn forget_commands(&mut self) {
+        let waiting: HashSet<_> = self.waiting.iter().map(|(effect, _)| effect.id).collect();
+        for sent in self.known.difference(&waiting) {
+            self.drivers.doubts.add(*sent);
+        }
         self.sending.clear();
         self.waiting.clear();
         self.busy.clear();
@@ -280,13 +274,13 @@ impl<'a, P: Process> Driver<'a, P> {
 
     /// Stores timers and sends commands.
     async fn carry_out(&mut self, reaction: Reaction) {
-        let Reaction { consumed, effects, cancels, mut put, mut remove, more } = reaction;
+        let Reaction { consumed, effects, resent, cancels, mut put, mut remove, more } = reaction;
         if cancels {
             self.forget_commands();
             self.resend = false;
         }
         if consumed == Consumed::Parked {
-            for effect in self.waiting.drain(..) {
+            for (effect, _) in self.waiting.drain(..) {
                 self.known.remove(&effect.id);
                 self.resend = true;
             }
@@ -302,9 +296,14 @@ impl<'a, P: Process> Driver<'a, P> {
                 return self.give_up(&error.to_string());
             }
         }
-        for effect in effects {
+        let now = Instant::now();
+        // An earlier owner may have sent the commands of earlier reactions just before its end.
+        let since = self.drivers.term.held_since().unwrap_or(now) + ATTEMPT_ENDS;
+        for (index, effect) in effects.into_iter().enumerate() {
             if self.known.insert(effect.id) {
-                self.waiting.push_back(effect);
+                let of_owner = if index < resent { since } else { now };
+                let alone_at = self.drivers.doubts.end(effect.id).map_or(of_owner, |end| end.max(of_owner));
+                self.waiting.push_back((effect, alone_at));
             }
         }
         self.more |= more;
@@ -328,22 +327,24 @@ impl<'a, P: Process> Driver<'a, P> {
             if self.sending.len() >= SENDING {
                 return;
             }
-            let Some(effect) = self.waiting.pop_front() else { return };
+            let Some((effect, alone_at)) = self.waiting.pop_front() else { return };
             if self.busy.insert(target_of(&effect)) {
-                let backoff = Backoff::new(Duration::from_millis(50), Duration::from_secs(1));
-                self.attempt(Attempt { effect, failures: 0, since: Instant::now(), backoff }, Duration::ZERO);
+                let (since, backoff) = (Instant::now(), Backoff::new(FIRST_BACKOFF, MAX_BACKOFF));
+                let attempt = Attempt { effect, alone_at, started: since, failures: 0, since, backoff };
+                self.attempt(attempt, Duration::ZERO);
             } else {
-                self.waiting.push_back(effect);
+                self.waiting.push_back((effect, alone_at));
             }
         }
     }
 
-    fn attempt(&mut self, attempt: Attempt, wait: Duration) {
+    fn attempt(&mut self, mut attempt: Attempt, wait: Duration) {
         let drivers = self.drivers;
         self.sending.push(Box::pin(async move {
             if !wait.is_zero() {
                 sleep(wait).await;
             }
+            attempt.started = Instant::now();
             let answer = drivers.send(&attempt.effect).await;
             (attempt, answer)
         }));
@@ -352,8 +353,17 @@ impl<'a, P: Process> Driver<'a, P> {
     async fn answered(&mut self, mut attempt: Attempt, answer: ErasedAnswer) {
         let settlement = match answer {
             ErasedAnswer::Done { reply } => Settlement::Done { reply },
+            ErasedAnswer::Rejected { .. } if attempt.may_have_rival() => {
+                attempt.since = attempt.alone_at;
+                let wait = attempt.alone_at.saturating_duration_since(Instant::now());
+                return self.attempt(attempt, wait);
+            }
             ErasedAnswer::Rejected { message, details } => Settlement::Refused { message, details },
-            ErasedAnswer::Transient { reason } => {
+            ErasedAnswer::Transient { reason, uncertain } => {
+                if uncertain {
+                    self.drivers.doubts.add(attempt.effect.id);
+                    attempt.alone_at = Instant::now() + ATTEMPT_ENDS;
+                }
                 if attempt.since.elapsed() >= PATIENCE {
                     return self.give_up(&reason);
                 }
@@ -376,6 +386,7 @@ impl<'a, P: Process> Driver<'a, P> {
             Ok(reaction) => {
                 self.busy.remove(&target_of(&effect));
                 self.known.remove(&effect.id);
+                self.drivers.doubts.remove(effect.id);
                 self.carry_out(reaction).await;
             }
             Err(WorkError::Permanent(reason)) => {

@@ -10,6 +10,7 @@ use tokio::time::{Instant, timeout};
 use super::Process;
 use super::command::InstanceCommand;
 use super::counters::Counters;
+use super::doubts::Doubts;
 use super::event::Effect;
 use super::instance::Instance;
 use super::options::Limits;
@@ -19,6 +20,7 @@ use super::work::{Work, WorkError};
 use crate::aggregate::Receipt;
 use crate::command::{Dispatcher, ErasedAnswer, ErasedCommand, LocalAggregates};
 use crate::event::Metadata;
+use crate::lease::CurrentTerm;
 use crate::outage::is_outage;
 use crate::store::{EventStore, ExpectedVersion};
 
@@ -41,6 +43,9 @@ pub(super) struct Drivers<P: Process> {
     pub(super) limits: Limits,
     /// Wait of the timers that resume instances.
     pub(super) resume_after: Duration,
+    /// Term of the owner's lease.
+    pub(super) term: CurrentTerm,
+    pub(super) doubts: Doubts,
     /// Permits for commands in flight.
     pub(super) permits: Semaphore,
     /// Permits for instances with a driver.
@@ -112,11 +117,15 @@ impl<P: Process> Drivers<P> {
     /// Sends a command, and returns its answer.
     pub(super) async fn send(&self, effect: &Effect) -> ErasedAnswer {
         let Ok(Ok(_permit)) = timeout(PATIENCE, self.permits.acquire()).await else {
-            return ErasedAnswer::Transient { reason: "too many commands in flight".into() };
+            return not_sent("too many commands in flight");
         };
         let Some(commands) = self.commands.upgrade() else {
-            return ErasedAnswer::Transient { reason: "the node is shutting down".into() };
+            return not_sent("the node is shutting down");
         };
+        // I12: a stale owner sends nothing, so that the next one knows when its attempts have ended.
+        if self.term.held_since().is_none() {
+            return not_sent("another node may own the process");
+        }
         let command = effect.command.clone();
         let command = ErasedCommand {
             id: effect.id,
@@ -128,4 +137,8 @@ impl<P: Process> Drivers<P> {
         };
         commands.execute_erased(command).await
     }
+}
+
+fn not_sent(reason: &str) -> ErasedAnswer {
+    ErasedAnswer::Transient { reason: reason.into(), uncertain: false }
 }

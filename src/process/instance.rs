@@ -334,6 +334,7 @@ impl<P: Process> Instance<P> {
         if command.resend && !parks && (record.parked.is_none() || resumes) {
             let open = record.effects.iter().filter(|effect| Some(effect.id) != answered);
             reaction.effects.extend(open.cloned());
+            reaction.resent = reaction.effects.len();
         }
         for (event, version) in events.iter().zip(1..).map(|(event, index)| (event, version.plus(index))) {
             match event {
@@ -346,6 +347,7 @@ impl<P: Process> Instance<P> {
                     if *ending == Ending::Cancelled {
                         reaction.cancels = true;
                         reaction.effects.clear();
+                        reaction.resent = 0;
                     }
                     self.remove_timers(&mut reaction);
                 }

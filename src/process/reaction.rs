@@ -14,6 +14,8 @@ pub(crate) struct Reaction {
     pub(super) consumed: Consumed,
     /// Commands to send, in order.
     pub(super) effects: Vec<Effect>,
+    /// Number of the commands, from the first, that earlier reactions have caused.
+    pub(super) resent: usize,
     /// Whether commands that are not answered yet must not be sent any more.
     pub(super) cancels: bool,
     /// Timers to store.

@@ -10,6 +10,7 @@ use tokio::sync::{Notify, Semaphore, watch};
 use tokio::time::{Instant, sleep};
 
 use super::counters::Counters;
+use super::doubts::Doubts;
 use super::drivers::{Drivers, MOST_ACTIVE};
 use super::firing::fire;
 use super::follower::{self, Follower, follower_name};
@@ -21,6 +22,7 @@ use crate::aggregate::{self, AggregateOptions};
 use crate::command::{Dispatcher, LocalAggregates};
 use crate::event::{EncodeError, Position};
 use crate::future::BoxFuture;
+use crate::lease::CurrentTerm;
 use crate::projection::{
     self, AtLeastOnce, FailurePolicy, IntoProjection, NodeServices, ProjectionHandle, ProjectionOptions,
     record_start,
@@ -140,13 +142,15 @@ async fn start_all<P: Process>(
     supervisor: ractor::ActorCell,
 ) -> Result<Arc<dyn RunningProcess>, SpawnErr> {
     let (stop, stopped) = watch::channel(false);
-    let soon = Arc::new(Notify::new());
+    let (soon, term) = (Arc::new(Notify::new()), CurrentTerm::default());
     let drivers = Arc::new(Drivers {
         store: store.clone(),
         instances: LocalAggregates::start(shared, supervisor)?,
         commands,
         timers: TimerWriter::start(store.clone(), P::NAME, soon.clone()),
         limits: options.limits,
+        term: term.clone(),
+        doubts: Doubts::default(),
         resume_after: resume_after(options.lease),
         permits: Semaphore::new(options.in_flight),
         slots: Arc::new(Semaphore::new(MOST_ACTIVE)),
@@ -160,6 +164,7 @@ async fn start_all<P: Process>(
         // A batch waits for the store and not for work of the user, so its time does not limit it.
         .batch_time(Duration::from_secs(10))
         .lease(options.lease)
+        .publish_term(term)
         .start(options.start);
     let made = Follower::<P>::new().into_projection();
     let (_, filter) = made.describe(&following);

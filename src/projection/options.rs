@@ -2,7 +2,7 @@ use std::time::Duration;
 
 use super::Start;
 use crate::invalid_option::{DAY, InvalidOption, at_least, within};
-use crate::lease;
+use crate::lease::{self, CurrentTerm};
 
 /// Handling of an event that cannot be applied.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -97,6 +97,8 @@ pub struct ProjectionOptions {
     pub(super) schedule: Schedule,
     pub(crate) follow: FollowMode,
     pub(crate) start: Option<Start>,
+    /// Receives the term of each lease of the owner.
+    pub(super) term: Option<CurrentTerm>,
 }
 
 impl Default for ProjectionOptions {
@@ -114,6 +116,7 @@ impl Default for ProjectionOptions {
             schedule: Schedule::Immediate,
             follow: FollowMode::Feed,
             start: None,
+            term: None,
         }
     }
 }
@@ -269,6 +272,12 @@ impl ProjectionOptions {
     #[must_use]
     pub fn start(mut self, start: Start) -> Self {
         self.start = Some(start);
+        self
+    }
+
+    /// Publishes the term of each lease of the owner of a projection without partitions.
+    pub(crate) fn publish_term(mut self, term: CurrentTerm) -> Self {
+        self.term = Some(term);
         self
     }
 

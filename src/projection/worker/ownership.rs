@@ -88,6 +88,9 @@ impl<P: Projection, R: ReadModel<Transaction = P::Transaction>> ProjectionTask<'
                         epoch = lease.epoch(),
                         "became the owner"
                     );
+                    if let Some(term) = &context.options.term {
+                        term.set(lease.term());
+                    }
                     self.state.acquired(lease);
                     // A request that came while no node was responsible.
                     self.operators.expect_requests();
