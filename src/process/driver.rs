@@ -180,8 +180,12 @@ impl<'a, P: Process> Driver<'a, P> {
     ) -> Result<Reaction, WorkError> {
         let command = InstanceCommand { kind, resend: self.resend, limits: self.drivers.limits };
         let receipt = self.drivers.execute(self.instance, command, metadata, expected).await?;
+        let known = self.version;
         self.version = receipt.version;
-        self.resend = false;
+        // Events of another owner or of an operator: they may have left something to do.
+        let foreign = known.plus(receipt.events) != receipt.version;
+        self.resend = foreign && known > Version::NONE;
+        self.more |= self.resend;
         Ok(receipt.reply)
     }
 
