@@ -1,5 +1,12 @@
 //! Tests of a process without a runtime.
 
+#![allow(
+    clippy::expect_used,
+    clippy::panic,
+    clippy::unreachable,
+    reason = "a test kit reports failures by panicking"
+)]
+
 use std::fmt::Debug;
 use std::time::Duration;
 

@@ -11,7 +11,7 @@ use super::commands::{Registration, TargetServices, forgetting};
 use super::error::StartError;
 use super::inner::Inner;
 use super::processes::{ProcessRegistration, record_starts, start_processes};
-use super::projections::ProjectionRegistration;
+use super::projections::{ProjectionRegistration, start_projections};
 #[cfg(feature = "otel")]
 use super::status_metrics;
 use crate::aggregate::{Aggregate, AggregateOptions};
@@ -201,8 +201,8 @@ impl Builder {
             bus.observe(&telemetry);
         }
         let node = Uuid::now_v7();
-        let (supervisor, feed) =
-            (Supervisor::start().await?, Feed::start(store.clone(), self.bus.clone(), self.feed));
+        let supervisor = Supervisor::start().await?;
+        let feed = Feed::start(store.clone(), self.bus.clone(), self.feed);
         let publisher = match self.bus.clone() {
             None => None,
             Some(bus) => {
@@ -222,10 +222,7 @@ impl Builder {
             alive: supervisor.alive(),
             log_end,
         };
-        let mut handles = Vec::with_capacity(projections.len());
-        for projection in projections {
-            handles.push(projection.start(node_services.clone()).await?);
-        }
+        let handles = start_projections(projections, &node_services).await?;
         let writer = GroupCommitter::start(store.clone(), metrics.clone());
         let forgetting = (!self.handlers.is_empty())
             .then(|| Task::spawn(forgetting(store.clone(), self.commands.retention())));

@@ -166,6 +166,18 @@ where
     }
 }
 
+/// Starts all projections.
+pub(super) async fn start_projections(
+    checked: Vec<CheckedProjection>,
+    services: &NodeServices,
+) -> Result<Vec<ProjectionHandle>, SpawnErr> {
+    let mut handles = Vec::with_capacity(checked.len());
+    for projection in checked {
+        handles.push(projection.start(services.clone()).await?);
+    }
+    Ok(handles)
+}
+
 fn check_partitions(name: &str, partitions: u16, single: bool, shared: bool) -> Result<(), StartError> {
     let reason = if !shared {
         "every node has its own read model and needs all of it"
