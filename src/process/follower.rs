@@ -214,6 +214,12 @@ impl<P: Process> ReadModel for Instances<P> {
     }
 
     async fn prepare(&self, store: &Arc<dyn EventStore>) -> Result<(), StoreError> {
+        // I12: a copy would send the commands of its original once more, to mailboxes and payments.
+        if let Some(advice) = store.info().adoption.problem() {
+            let expected = "an adopted event store, to run processes on".into();
+            let found = "a copied or moved one".into();
+            return Err(StoreError::Incompatible { expected, found, advice });
+        }
         self.progress.prepare(store).await
     }
 

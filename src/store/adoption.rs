@@ -44,7 +44,7 @@ pub enum Adoption {
     /// The database is another one: a copy, or the store was moved.
     ///
     /// Reading, appending and following work. The node does not publish to a bus that nodes share,
-    /// does not join the command bus and uses no durable consumers.
+    /// does not join the command bus, uses no durable consumers and runs no processes.
     Unadopted {
         /// Database in which the store was created or last adopted.
         recorded: Home,

@@ -5,9 +5,12 @@ use std::time::Duration;
 
 use storied::command::{HandleError, Handler, HandlerContext, HandlerOptions};
 use storied::process::{Input, InstanceState, InstanceStatus, Next, Process, ProcessContext, Routes};
+use storied::projection::ProjectionState;
 use storied::runtime::StartError;
 use storied::store::ReadLog;
-use storied::{Filter, MemoryStore, NeverRejects, Position, ProcessOptions, RecordedEvent, Runtime};
+use storied::{
+    Filter, MemoryStore, NeverRejects, Position, ProcessOptions, RecordedEvent, Runtime, SqliteStore,
+};
 
 use serde::{Deserialize, Serialize};
 
@@ -477,4 +480,34 @@ fn a_process_is_tested_without_a_runtime() {
         .when_event("17", OrderEvent::Placed { lines: vec![] })
         .when_event("17", OrderEvent::Noted { text: "panic".into() })
         .then_is_parked("the process panicked: as noted");
+}
+
+#[tokio::test]
+async fn a_copied_store_runs_no_process() {
+    let directory = tempfile::tempdir().unwrap();
+    let [file, copy] = ["shop.db", "copy.db"].map(|name| directory.path().join(name));
+    let start = async |file: &std::path::Path| {
+        let builder = Runtime::builder().store(SqliteStore::open(file).await.unwrap());
+        builder.aggregate::<Order>().aggregate::<Stock>().process::<Fulfilment>().start().await.unwrap()
+    };
+    let original = start(&file).await;
+    place(&original, "1", &["tea"]).await;
+    until(&original, "1", InstanceState::Completed).await;
+    original.shutdown().await.unwrap();
+    for end in ["", "-wal"] {
+        let name = |name: &str| directory.path().join(format!("{name}.db{end}"));
+        // Without a log of writes, everything is in the file.
+        let copied = std::fs::copy(name("shop"), name("copy"));
+        assert!(copied.is_ok() || end == "-wal", "{copied:?}");
+    }
+    let copied = start(&copy).await;
+    place(&copied, "2", &["tea"]).await;
+    let failed = async || {
+        let status = copied.projection("process fulfilment").unwrap().status();
+        (status.state == ProjectionState::Failed).then_some(status.last_error.unwrap_or_default())
+    };
+    let error = eventually("the process has failed", failed).await;
+    assert!(error.contains("storied store adopt"), "{error}");
+    assert_eq!(status(&copied, "2").await, None);
+    copied.shutdown().await.unwrap();
 }
