@@ -25,7 +25,7 @@ use storied::{
     EventBus, EventSet, EventStore, FeedOptions, Filter, Partition, Position, ProjectionHandle,
     ProjectionOptions, PublisherOptions, ReadLog,
 };
-use tokio::sync::Mutex;
+use tokio::sync::{Mutex, Semaphore};
 use tokio::time::timeout;
 use uuid::Uuid;
 
@@ -146,8 +146,11 @@ impl<P: Place> Scene<P> {
     }
 }
 
-/// Number of test cases that run concurrently.
+/// Number of test cases of one combination that run concurrently.
 const SIDE_BY_SIDE: usize = 5;
+
+/// Permits of the test cases of all combinations: two processors serve more of them too slowly.
+static RUNNING: Semaphore = Semaphore::const_new(8);
 
 async fn all<P: Place>(bus: Bus) {
     let (server, url) = match bus {
@@ -207,6 +210,7 @@ async fn all<P: Place>(bus: Bus) {
 }
 
 async fn run(name: &'static str, case: impl Future<Output = ()>) {
+    let _permit = RUNNING.acquire().await.unwrap();
     let began = tokio::time::Instant::now();
     if timeout(3 * PATIENCE, case).await.is_err() {
         panic!("{name} takes too long");
