@@ -1,8 +1,8 @@
 //! An event-sourcing runtime for domain services: ledgers, order systems, inventories, workflows.
 //!
 //! You write an [`Aggregate`] (state, commands, events) in plain Rust. storied provides an actor
-//! for each active aggregate, a durable log, a bus that carries the log in order, and projections
-//! that apply every event exactly once.
+//! for each active aggregate, a durable log, a bus that carries the log in order, projections that
+//! apply every event exactly once, and processes that react to events with commands and timers.
 //!
 //! The guarantee: *no acknowledged event is lost, skipped, reordered within its stream or applied
 //! twice to a read model, whichever process fails, at any time.*
@@ -11,8 +11,10 @@
 //!
 //! ```text
 //!  runtime.execute ─► command ─► aggregate ─► store ─► feed ─► projection
-//!        ▲              to the     folds,      log,     live    folds into a read model
-//!        └── receipt ── one actor  decides     durable  tail ─► publisher ─► bus ─► other nodes
+//!        ▲         ▲    to the     folds,      log,     live    folds into a read model
+//!        └ receipt │    one actor  decides     durable  tail ─► publisher ─► bus ─► other nodes
+//!                  │                                         └► process
+//!                  └── commands of a reaction ──────────────────── reacts to events
 //! ```
 //!
 //! Each stage is a module:
@@ -20,7 +22,7 @@
 //! - [`event`]: events and their names; [`codec`]: their encoding, and the upcasting of old
 //!   payloads;
 //! - [`store`]: the port to the log (append, read, high-water mark, checkpoints, leases,
-//!   snapshots), with [`MemoryStore`], [`SqliteStore`] and [`PostgresStore`];
+//!   snapshots, timers), with [`MemoryStore`], [`SqliteStore`] and [`PostgresStore`];
 //! - [`feed`]: the live tail of the log in a process;
 //! - [`bus`]: the port that carries the log to other processes, with [`NatsBus`]; the [`publisher`]
 //!   publishes the log to it;
@@ -29,10 +31,12 @@
 //!   and runs handlers for commands that belong to no aggregate;
 //! - [`projection`]: catch-up, live events, and a checkpoint that commits together with the read
 //!   model;
+//! - [`process`]: reacts to events, answers and due timers with commands to several aggregates;
 //! - [`runtime`]: assembles and supervises these components, and shuts them down in order;
 //! - `telemetry`: their spans and metrics;
 //! - [`testing`](https://docs.rs/storied) (feature `testing`):
-//!   `given(events).when(command).then(events)`, and the conformance suite of stores.
+//!   `given(events).when(command).then(events)`, `given_process`, and the conformance suite of
+//!   stores.
 //!
 //! The [`glossary`] defines the terms.
 //!
