@@ -15,7 +15,7 @@
 //! Guarantee (I12): an instance consumes each input once, and each of its effects takes effect once.
 //! The stream of the instance records each input, so a repeated delivery has no effect. The id of a
 //! command is a function of the process, the instance, the input and the effect's key, so a repeated
-//! command has no effect either. Replaying the log or resetting the follower emits nothing.
+//! command has no effect either. A reset of the follower adds no command and no timer.
 //!
 //! If the user's code panics, an input does not decode, or an effect fails permanently, this
 //! instance alone is parked: it records further inputs, and reacts to them after a
@@ -26,7 +26,6 @@ mod batch;
 mod command;
 mod context;
 mod counters;
-mod doubts;
 mod driver;
 mod drivers;
 mod error;
@@ -46,40 +45,42 @@ mod reaction;
 mod record;
 mod request;
 mod resumption;
-mod route_cache;
 mod routes;
 mod start;
 mod status;
 mod timer_writer;
 #[cfg(feature = "testing")]
 pub(crate) mod trial;
+mod unresolved;
 mod work;
 
 pub use self::context::ProcessContext;
 pub use self::error::{AnswerError, RequestError};
+pub(crate) use self::follower::{ProcessFollower, follower_name};
 pub use self::handle::InstanceHandle;
 pub use self::input::{Input, Rejection, Reply};
 pub use self::instance_page::{InstancePage, ReadInstances};
 pub use self::next::Next;
-pub use self::operator::{Operator, ProcessRecord};
+pub use self::operator::{ProcessOperator, ProcessRecord};
 pub use self::options::ProcessOptions;
-pub use self::routes::{Instances, Routes};
+pub use self::routes::{InstanceIds, Routes};
 pub use self::start::ProcessStatus;
-pub(crate) use self::start::{
-    ProcessServices, RunningProcess, check_routes, projection_name, record_process_start, spawn,
-};
+pub(crate) use self::start::{ProcessServices, RunningProcess, record_process_start, spawn};
 pub use self::status::{InstanceState, InstanceStatus, OpenEffect, OpenTimer};
+
+use crate::event::EventSet;
 
 /// A process manager: its routes, its reactions and its state.
 ///
-/// The code is pure: no I/O. It is never executed again for an input that was recorded, so it may use
-/// clocks and random numbers. A new version of the program continues running instances from their
-/// next input.
+/// `react` must do no I/O. It runs until its outcome is stored, and never after that, so it may use
+/// clocks and random numbers. `apply` runs at each load of the instance, so it depends on its input
+/// alone. A new version of the program continues running instances from their next input.
 ///
 /// ```
 /// # use serde::{Deserialize, Serialize};
 /// # use std::time::Duration;
 /// # use storied::{Aggregate, Context, Decided, Decision, Event, NeverRejects};
+/// use storied::event::{EventDecoder, EventSet};
 /// use storied::process::{Input, Next, Process, ProcessContext, Routes};
 ///
 /// # #[derive(Serialize, Deserialize)] #[serde(rename_all = "snake_case")]
@@ -97,21 +98,25 @@ pub use self::status::{InstanceState, InstanceStatus, OpenEffect, OpenTimer};
 /// #     fn handle(&self, _: &Send, _: &Context<'_>) -> Decided<Self> { Ok(ParcelEvent::Sent.into()) }
 /// #     fn apply(&mut self, _: &ParcelEvent) {}
 /// # }
-/// enum Trigger {
+/// enum ShippingEvent {
 ///     Order(OrderEvent),
 ///     Payment(PaymentEvent),
 /// }
-/// # impl From<OrderEvent> for Trigger { fn from(event: OrderEvent) -> Self { Self::Order(event) } }
-/// # impl From<PaymentEvent> for Trigger { fn from(event: PaymentEvent) -> Self { Self::Payment(event) } }
+///
+/// impl EventSet for ShippingEvent {
+///     fn decoder() -> EventDecoder<Self> {
+///         EventDecoder::new().with(Self::Order).with(Self::Payment)
+///     }
+/// }
 ///
 /// #[derive(Default)]
 /// struct Shipping;
 ///
 /// impl Process for Shipping {
 ///     const NAME: &'static str = "shipping";
-///     type Event = Trigger;
+///     type Event = ShippingEvent;
 ///
-///     fn routes() -> Routes<Trigger> {
+///     fn routes() -> Routes<ShippingEvent> {
 ///         Routes::new()
 ///             .starts(["placed"], |_: &OrderEvent, recorded| recorded.stream.id().to_owned())
 ///             .continues(["received"], |event: &PaymentEvent, _| {
@@ -120,10 +125,10 @@ pub use self::status::{InstanceState, InstanceStatus, OpenEffect, OpenTimer};
 ///             })
 ///     }
 ///
-///     fn react(&self, input: Input<'_, Trigger>, context: &ProcessContext<'_>) -> Next {
+///     fn react(&self, input: Input<'_, ShippingEvent>, context: &ProcessContext<'_>) -> Next {
 ///         match input {
-///             Input::Event(Trigger::Order(_)) => Next::new().after("unpaid", Duration::from_secs(900)),
-///             Input::Event(Trigger::Payment(_)) => {
+///             Input::Event(ShippingEvent::Order(_)) => Next::new().after("unpaid", Duration::from_secs(900)),
+///             Input::Event(ShippingEvent::Payment(_)) => {
 ///                 Next::new().cancel("unpaid").execute::<Parcel>("send", context.id(), Send)
 ///             }
 ///             Input::Done { effect: "send", .. } | Input::Due { timer: "unpaid" } => Next::new().complete(),
@@ -139,12 +144,12 @@ pub trait Process: Default + Send + Sync + 'static {
     /// while the program evolves.
     const NAME: &'static str;
 
-    /// The events that it reacts to: one event type, or an enum with `From` for each event type.
-    type Event: Send + 'static;
+    /// The events that it reacts to: an [`Event`](crate::Event), or an [`EventSet`] over several.
+    type Event: EventSet;
 
     /// Returns the events that start or continue an instance, and the ids of these instances.
     ///
-    /// Called once. If a route is invalid, for example because of an unknown variant, the runtime
+    /// Called at the start. If a route is invalid, for example because of an unknown variant, the runtime
     /// does not start.
     fn routes() -> Routes<Self::Event>;
 

@@ -285,7 +285,7 @@ impl Process for Fulfilment {
                     .undo_handler::<Payments>(PaymentCommand::Refund { order, amount })
                     .after("unpaid", self.payment_timeout)
             }
-            Input::Refused { .. } | Input::Due { timer: "unpaid" } => Next::compensate(),
+            Input::Rejected { .. } | Input::Due { timer: "unpaid" } => Next::compensate(),
             _ => Next::none(),
         }
     }

@@ -204,7 +204,7 @@ impl Log {
                 } else if let Some(effect) = self.effects.get_mut(&id) {
                     effect.answered = event.position;
                     effect.done += u64::from(source.get("done").is_some());
-                    effect.rejected += u64::from(source.get("refused").is_some());
+                    effect.rejected += u64::from(source.get("rejected").is_some());
                 } else if source.get("due").is_none() {
                     self.wrong.push(format!("{stream} has an answer to an unknown command {id}"));
                 }

@@ -28,7 +28,7 @@ impl LeaseTerm {
     }
 }
 
-/// The current term of a lease that is taken again and again. Cheap to clone.
+/// The current term of a lease with successive terms. Cheap to clone.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct CurrentTerm(Arc<Mutex<Option<LeaseTerm>>>);
 

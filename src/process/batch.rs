@@ -31,8 +31,11 @@ impl<P: Process> Drivers<P> {
     pub(super) async fn run(self: &Arc<Self>, batch: Vec<(String, WorkKind)>) -> BatchEnd {
         let mut pending = Vec::with_capacity(batch.len());
         for (instance, kind) in batch {
-            // The semaphore is never closed.
-            let slot = self.slots.clone().acquire_owned().await.ok();
+            // I10: an instance with a driver does not wait for others. The semaphore is never closed.
+            let slot = match self.is_active(&instance) {
+                true => None,
+                false => self.slots.clone().acquire_owned().await.ok(),
+            };
             pending.push(self.submit(instance, kind, slot));
         }
         let mut recorded = Vec::with_capacity(pending.len());

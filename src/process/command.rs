@@ -41,5 +41,5 @@ pub(super) enum CommandKind {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(super) enum Settlement {
     Done { reply: Vec<u8> },
-    Refused { message: String, details: Vec<u8> },
+    Rejected { message: String, details: Vec<u8> },
 }

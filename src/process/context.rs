@@ -28,6 +28,9 @@ impl ProcessContext<'_> {
     }
 
     /// Returns the event of the input, with its stream, position and time; `None` for other inputs.
+    ///
+    /// Its metadata is empty: see [`correlation_id`](Self::correlation_id) and
+    /// [`metadata`](Self::metadata).
     pub fn event(&self) -> Option<&RecordedEvent> {
         self.recorded
     }

@@ -17,15 +17,14 @@ use uuid::Uuid;
 use super::Process;
 use super::attempt::{Attempt, TargetKey, target_of};
 use super::command::{CommandKind, InstanceCommand, Settlement};
-use super::doubts::ATTEMPT_ENDS;
 use super::drivers::{Drivers, PATIENCE};
 use super::event::{Effect, Trail, Trigger};
 use super::history::find_input;
 use super::reaction::{Consumed, Reaction};
 use super::resumption::resumption;
 use super::routes::RouteKind;
+use super::unresolved::ATTEMPT_ENDS;
 use super::work::{Work, WorkError, WorkKind};
-use crate::backoff::Backoff;
 use crate::command::ErasedAnswer;
 use crate::event::{Metadata, RecordedEvent, StreamId, Version};
 use crate::future::BoxFuture;
@@ -34,10 +33,6 @@ use crate::store::ExpectedVersion;
 
 /// Number of attempts at a command that fails without having an effect.
 const ATTEMPTS: u32 = 3;
-
-/// First and longest wait between two attempts at a command.
-const FIRST_BACKOFF: Duration = Duration::from_millis(50);
-const MAX_BACKOFF: Duration = Duration::from_secs(1);
 
 /// Maximum number of commands in flight for one instance, so that it does not hold up the others.
 const SENDING: usize = 16;
@@ -101,9 +96,8 @@ struct Driver<'a, P: Process> {
     drivers: &'a Arc<Drivers<P>>,
     instance: &'a str,
     sending: FuturesUnordered<BoxFuture<'a, (Attempt, ErasedAnswer)>>,
-    /// Commands that wait: their target is busy with an earlier one, or too many are in flight. With
-    /// the time from which an attempt is the only one.
-    waiting: VecDeque<(Effect, Instant)>,
+    /// Commands that wait: their target is busy with an earlier one, or too many are in flight.
+    waiting: VecDeque<Attempt>,
     /// Targets of the commands that are being sent.
     busy: HashSet<TargetKey>,
     /// Ids of the commands that are being sent or wait.
@@ -161,10 +155,6 @@ impl<'a, P: Process> Driver<'a, P> {
 
     /// Stops sending. The instance still has the commands.
     fn forget_commands(&mut self) {
-        let waiting: HashSet<_> = self.waiting.iter().map(|(effect, _)| effect.id).collect();
-        for sent in self.known.difference(&waiting) {
-            self.drivers.doubts.add(*sent);
-        }
         self.sending.clear();
         self.waiting.clear();
         self.busy.clear();
@@ -209,7 +199,10 @@ impl<'a, P: Process> Driver<'a, P> {
         let _ = recorded.send(results);
         self.unfinished.push(finished);
         for reaction in reactions {
-            self.carry_out(reaction).await;
+            // In their order: a later command must not overtake an earlier one.
+            if !self.carry_out(reaction).await {
+                return;
+            }
         }
     }
 
@@ -228,7 +221,7 @@ impl<'a, P: Process> Driver<'a, P> {
             }
             results.push(match self.deliver_one(&event, route, late).await {
                 Ok(reaction) => {
-                    reactions.extend(reaction);
+                    reactions.push(reaction);
                     Ok(())
                 }
                 Err(error) => Err(error),
@@ -237,16 +230,16 @@ impl<'a, P: Process> Driver<'a, P> {
         (results, reactions)
     }
 
-    /// Delivers an event. Returns `None` for a late one that was consumed before.
+    /// Delivers an event.
     async fn deliver_one(
         &mut self,
         event: &RecordedEvent,
         route: RouteKind,
         late: bool,
-    ) -> Result<Option<Reaction>, WorkError> {
+    ) -> Result<Reaction, WorkError> {
         let mut expected = ExpectedVersion::Any;
         if late {
-            // I12: positions do not tell whether a late event was consumed.
+            // I12: a position does not show whether a late event was consumed.
             let stream = StreamId::new(P::NAME, self.instance);
             let stream = stream.map_err(|error| WorkError::Permanent(error.to_string()))?;
             let found = find_input(&*self.drivers.store, &stream, event.id).await;
@@ -255,37 +248,39 @@ impl<'a, P: Process> Driver<'a, P> {
                 false => WorkError::Permanent(error.to_string()),
             })?;
             if found {
-                return Ok(None);
+                // Whoever recorded it may have ended before the reaction was carried out.
+                self.resend = true;
+                return self.execute(CommandKind::Advance, Metadata::default(), ExpectedVersion::Any).await;
             }
             expected = ExpectedVersion::Exact(version);
         }
-        // The log may hold metadata of another program.
-        let trail = Trail::of(event.decode_metadata().unwrap_or_default(), event.command_id);
+        let metadata = event.decode_metadata().map_err(|error| WorkError::Permanent(error.to_string()))?;
+        let trail = Trail::of(metadata, event.command_id);
         let metadata = trail.own_metadata(event.id);
         let trigger = Box::new(Trigger::of(event));
         let deliver = CommandKind::Deliver { id: event.id, trigger, route, trail, late };
-        self.execute(deliver, metadata, expected).await.map(Some)
+        self.execute(deliver, metadata, expected).await
     }
 
     async fn advance(&mut self) {
         self.more = false;
         let advanced = self.execute(CommandKind::Advance, Metadata::default(), ExpectedVersion::Any).await;
         match advanced {
-            Ok(reaction) => self.carry_out(reaction).await,
+            Ok(reaction) => _ = self.carry_out(reaction).await,
             Err(error) => self.failed(&error),
         }
     }
 
-    /// Stores timers and sends commands.
-    async fn carry_out(&mut self, reaction: Reaction) {
+    /// Stores timers and sends commands. Returns `false` if it gave up.
+    async fn carry_out(&mut self, reaction: Reaction) -> bool {
         let Reaction { consumed, effects, resent, cancels, mut put, mut remove, more } = reaction;
         if cancels {
             self.forget_commands();
             self.resend = false;
         }
         if consumed == Consumed::Parked {
-            for (effect, _) in self.waiting.drain(..) {
-                self.known.remove(&effect.id);
+            for waiting in self.waiting.drain(..) {
+                self.known.remove(&waiting.effect.id);
                 self.resend = true;
             }
         }
@@ -297,21 +292,24 @@ impl<'a, P: Process> Driver<'a, P> {
                 put.push(resumption(self.instance.to_owned(), self.version, self.drivers.resume_after));
             }
             if let Err(error) = self.drivers.timers.write(put, remove).await {
-                return self.give_up(&error.to_string());
+                self.give_up(&error.to_string());
+                return false;
             }
         }
-        let now = Instant::now();
+        let (now, term) = (Instant::now(), self.drivers.term.held_since());
         // An earlier owner may have sent the commands of earlier reactions just before its end.
-        let since = self.drivers.term.held_since().unwrap_or(now) + ATTEMPT_ENDS;
+        let since = term.unwrap_or(now) + ATTEMPT_ENDS;
         for (index, effect) in effects.into_iter().enumerate() {
             if self.known.insert(effect.id) {
                 let of_owner = if index < resent { since } else { now };
-                let alone_at = self.drivers.doubts.end(effect.id).map_or(of_owner, |end| end.max(of_owner));
-                self.waiting.push_back((effect, alone_at));
+                let alone_at =
+                    self.drivers.unresolved.end(effect.id).map_or(of_owner, |end| end.max(of_owner));
+                self.waiting.push_back(Attempt::new(effect, term, alone_at));
             }
         }
         self.more |= more;
         self.send_waiting();
+        true
     }
 
     fn failed(&mut self, error: &WorkError) {
@@ -331,13 +329,12 @@ impl<'a, P: Process> Driver<'a, P> {
             if self.sending.len() >= SENDING {
                 return;
             }
-            let Some((effect, alone_at)) = self.waiting.pop_front() else { return };
-            if self.busy.insert(target_of(&effect)) {
-                let (since, backoff) = (Instant::now(), Backoff::new(FIRST_BACKOFF, MAX_BACKOFF));
-                let attempt = Attempt { effect, alone_at, started: since, failures: 0, since, backoff };
+            let Some(mut attempt) = self.waiting.pop_front() else { return };
+            if self.busy.insert(target_of(&attempt.effect)) {
+                attempt.since = Instant::now();
                 self.attempt(attempt, Duration::ZERO);
             } else {
-                self.waiting.push_back((effect, alone_at));
+                self.waiting.push_back(attempt);
             }
         }
     }
@@ -357,15 +354,18 @@ impl<'a, P: Process> Driver<'a, P> {
     async fn answered(&mut self, mut attempt: Attempt, answer: ErasedAnswer) {
         let settlement = match answer {
             ErasedAnswer::Done { reply } => Settlement::Done { reply },
+            // Another owner may have sent the command since.
+            ErasedAnswer::Rejected { .. } if attempt.may_be_stale(self.drivers.term.held_since()) => {
+                return self.give_up("the lease was lost while a command was in flight");
+            }
             ErasedAnswer::Rejected { .. } if attempt.may_have_rival() => {
                 attempt.since = attempt.alone_at;
                 let wait = attempt.alone_at.saturating_duration_since(Instant::now());
                 return self.attempt(attempt, wait);
             }
-            ErasedAnswer::Rejected { message, details } => Settlement::Refused { message, details },
+            ErasedAnswer::Rejected { message, details } => Settlement::Rejected { message, details },
             ErasedAnswer::Transient { reason, uncertain } => {
                 if uncertain {
-                    self.drivers.doubts.add(attempt.effect.id);
                     attempt.alone_at = Instant::now() + ATTEMPT_ENDS;
                 }
                 if attempt.since.elapsed() >= PATIENCE {
@@ -390,11 +390,11 @@ impl<'a, P: Process> Driver<'a, P> {
             Ok(reaction) => {
                 self.busy.remove(&target_of(&effect));
                 self.known.remove(&effect.id);
-                self.drivers.doubts.remove(effect.id);
+                self.drivers.unresolved.remove(effect.id);
                 self.carry_out(reaction).await;
             }
             Err(WorkError::Permanent(reason)) => {
-                self.park(effect, &format!("its answer cannot be recorded: {reason}")).await;
+                self.park(effect, &format!("recording the answer failed: {reason}")).await;
             }
             Err(error) => self.failed(&error),
         }

@@ -10,14 +10,14 @@ use tokio::time::{Instant, timeout};
 use super::Process;
 use super::command::InstanceCommand;
 use super::counters::Counters;
-use super::doubts::Doubts;
 use super::event::Effect;
 use super::instance::Instance;
 use super::options::Limits;
 use super::reaction::{Consumed, Reaction};
 use super::timer_writer::TimerWriter;
+use super::unresolved::UnresolvedAttempts;
 use super::work::{Work, WorkError};
-use crate::aggregate::Receipt;
+use crate::aggregate::{ExecuteError, NotExecutedKind, Receipt};
 use crate::command::{Dispatcher, ErasedAnswer, ErasedCommand, LocalAggregates};
 use crate::event::Metadata;
 use crate::lease::CurrentTerm;
@@ -45,7 +45,7 @@ pub(super) struct Drivers<P: Process> {
     pub(super) resume_after: Duration,
     /// Term of the owner's lease.
     pub(super) term: CurrentTerm,
-    pub(super) doubts: Doubts,
+    pub(super) unresolved: UnresolvedAttempts,
     /// Permits for commands in flight.
     pub(super) permits: Semaphore,
     /// Permits for instances with a driver.
@@ -109,6 +109,10 @@ impl<P: Process> Drivers<P> {
                     _ => Ok(receipt),
                 }
             }
+            // Another node or an operator was faster than a late delivery.
+            Err(error @ ExecuteError::NotExecuted { kind: NotExecutedKind::ExpectedVersion { .. }, .. }) => {
+                Err(WorkError::Transient(error.to_string()))
+            }
             Err(error) if is_outage(&error) => Err(WorkError::Transient(error.to_string())),
             Err(error) => Err(WorkError::Permanent(error.to_string())),
         }
@@ -135,7 +139,12 @@ impl<P: Process> Drivers<P> {
             payload: command.payload,
             metadata: effect.trail.command_metadata(effect.cause),
         };
-        commands.execute_erased(command).await
+        let attempt = self.unresolved.begin(effect.id);
+        let answer = commands.execute_erased(command).await;
+        if !matches!(answer, ErasedAnswer::Transient { uncertain: true, .. }) {
+            attempt.end();
+        }
+        answer
     }
 }
 

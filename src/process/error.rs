@@ -2,7 +2,7 @@ use crate::store::StoreError;
 
 /// An answer to a command that does not decode.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("the answer to a command does not decode: {reason}; let the type read the form that was written")]
+#[error("decoding the answer to a command failed: {reason}; make the type accept the stored form")]
 pub struct AnswerError {
     /// Error of the decoder.
     pub reason: String,
@@ -13,7 +13,7 @@ pub struct AnswerError {
 #[non_exhaustive]
 pub enum RequestError {
     /// No node has ever owned a process of this name.
-    #[error("no process {process:?} in this store; {}", of_known(known))]
+    #[error("unknown process {process:?}; {}", of_known(known))]
     UnknownProcess {
         /// Name of the process.
         process: String,
@@ -22,14 +22,14 @@ pub enum RequestError {
     },
     /// The instance does not exist.
     #[error("process {process} has no instance {instance:?}; check the id")]
-    Unknown {
+    UnknownInstance {
         /// Name of the process.
         process: String,
         /// Id of the instance.
         instance: String,
     },
     /// The instance has ended.
-    #[error("instance {instance:?} of process {process} has ended; there is nothing left to change")]
+    #[error("changing instance {instance:?} of process {process} failed: it has ended; no request applies")]
     Ended {
         /// Name of the process.
         process: String,
@@ -37,7 +37,9 @@ pub enum RequestError {
         instance: String,
     },
     /// The instance compensates already.
-    #[error("instance {instance:?} of process {process} compensates already; wait for its end, or cancel it")]
+    #[error(
+        "changing instance {instance:?} of process {process} failed: it compensates already; wait for its end, or cancel it"
+    )]
     Compensating {
         /// Name of the process.
         process: String,
@@ -45,7 +47,9 @@ pub enum RequestError {
         instance: String,
     },
     /// The instance is not parked, so there is nothing to retry.
-    #[error("instance {instance:?} of process {process} is not parked; only a parked instance can retry")]
+    #[error(
+        "retrying instance {instance:?} of process {process} failed: it is not parked; only a parked instance can retry"
+    )]
     NotParked {
         /// Name of the process.
         process: String,
@@ -59,7 +63,7 @@ pub enum RequestError {
 
 fn of_known(known: &[String]) -> String {
     match known {
-        [] => "no node has run one".into(),
-        known => format!("it has {}", known.join(", ")),
+        [] => "the store has none, since no node has run one".into(),
+        known => format!("the store has {}", known.join(", ")),
     }
 }

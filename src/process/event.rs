@@ -83,7 +83,7 @@ pub(super) enum Source {
         #[serde(with = "byte_string")]
         reply: Vec<u8>,
     },
-    Refused {
+    Rejected {
         effect: String,
         message: String,
         #[serde(with = "byte_string")]

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use chrono::{DateTime, Utc};
 use tokio::sync::{Notify, watch};
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 
 use super::Process;
 use super::batch::BatchEnd;
@@ -22,7 +22,7 @@ use crate::store::{EventStore, NewTimer, StoreError, StoredTimer, TimerDue, Time
 const PAGE: usize = 500;
 
 /// Wait while timers must not overtake events.
-const BEHIND_BACKLOG: Duration = Duration::from_millis(50);
+const BACKLOG_WAIT: Duration = Duration::from_millis(50);
 
 /// Fires the timers of a process while this node owns it, until the sender of `owner` is dropped.
 pub(super) async fn fire<P: Process>(
@@ -67,29 +67,48 @@ fn owns(status: &ProjectionStatus) -> bool {
 /// After an outage, a payment in the log would otherwise come after its time-out.
 #[derive(Default)]
 struct Backlog {
-    /// Ownership of this node, and the end of the log at its start.
-    of_epoch: Option<(u64, Position)>,
+    /// Start of the lease's term, and the end of the log at that time.
+    of_term: Option<(Instant, Position)>,
 }
 
 impl Backlog {
-    /// Returns the time up to which timers may fire; `None` without a limit.
+    /// Returns which timers may fire.
     async fn limit(
         &mut self,
         store: &dyn EventStore,
         status: &ProjectionStatus,
-    ) -> Result<Option<DateTime<Utc>>, StoreError> {
-        let end = match self.of_epoch {
-            Some((epoch, end)) if epoch == status.epoch => end,
+        term: Instant,
+    ) -> Result<FireLimit, StoreError> {
+        let end = match self.of_term {
+            Some((of, end)) if of == term => end,
             _ => {
                 let end = store.high_water_mark().await?;
-                self.of_epoch = Some((status.epoch, end));
+                self.of_term = Some((term, end));
                 end
             }
         };
         if status.position < end {
-            return Ok(Some(DateTime::<Utc>::MIN_UTC));
+            return Ok(FireLimit::None);
         }
-        Ok(status.behind_since)
+        Ok(status.behind_since.map_or(FireLimit::All, FireLimit::Before))
+    }
+}
+
+/// The timers that may fire; resumptions always may.
+enum FireLimit {
+    None,
+    /// Those that were due before this time.
+    Before(DateTime<Utc>),
+    All,
+}
+
+impl FireLimit {
+    fn allows(&self, timer: &StoredTimer) -> bool {
+        match self {
+            Self::None => false,
+            Self::Before(time) => timer.due_at < *time,
+            Self::All => true,
+        }
     }
 }
 
@@ -100,7 +119,9 @@ async fn fire_page<P: Process>(
     backlog: &mut Backlog,
 ) -> Result<Duration, String> {
     let store = &*drivers.store;
-    let limit = backlog.limit(store, status).await.map_err(|error| error.to_string())?;
+    // The status may be older than a pause of this process.
+    let Some(term) = drivers.term.held_since() else { return Ok(POLL) };
+    let limit = backlog.limit(store, status, term).await.map_err(|error| error.to_string())?;
     let due = store.due_timers(P::NAME, PAGE).await.map_err(|error| error.to_string())?;
     let mut put = Vec::new();
     let mut fired = Vec::new();
@@ -108,7 +129,7 @@ async fn fire_page<P: Process>(
     for timer in due.timers {
         if timer.name.is_empty() && drivers.is_active(&timer.instance) {
             put.push(resumption(timer.instance, timer.version, drivers.resume_after));
-        } else if !timer.name.is_empty() && limit.is_some_and(|limit| timer.due_at >= limit) {
+        } else if !timer.name.is_empty() && !limit.allows(&timer) {
             overtakes = true;
         } else {
             fired.push(timer);
@@ -121,7 +142,7 @@ async fn fire_page<P: Process>(
     }
     match transient {
         Some(reason) => Err(reason),
-        None if overtakes => Ok(BEHIND_BACKLOG),
+        None if overtakes => Ok(BACKLOG_WAIT),
         None => Ok(due.next_in.unwrap_or(POLL)),
     }
 }

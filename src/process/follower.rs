@@ -8,7 +8,6 @@ use super::batch::BatchEnd;
 use super::drivers::Drivers;
 use super::event::REQUESTED;
 use super::resumption::resumption;
-use super::route_cache::routes_of;
 use super::routes::{RouteKind, Routes};
 use super::work::{WorkError, WorkKind};
 use crate::event::{AnyEvent, EventName, Position, RecordedEvent, StreamId};
@@ -19,35 +18,33 @@ use crate::store::{
 };
 
 /// Returns the name of the projection that follows the log for a process.
-pub(super) fn follower_name(process: &str) -> String {
+pub(crate) fn follower_name(process: &str) -> String {
     format!("process {process}")
 }
 
-/// Returns the filter of a process' follower.
-///
-/// # Errors
-/// If a route is invalid.
-pub(super) fn filter<P: Process>() -> Result<Filter, FilterError> {
-    let mut names = routes_of::<P>().names()?;
-    names.insert(EventName::new(format!("{}.{REQUESTED}", P::NAME))?);
-    Ok(Filter::all().with_names(names))
-}
-
 /// The follower of a process.
-pub(super) struct Follower<P: Process> {
+pub(crate) struct ProcessFollower<P: Process> {
     name: String,
-    routes: Arc<Routes<P::Event>>,
+    routes: Routes<P::Event>,
+    filter: Filter,
 }
 
-impl<P: Process> Follower<P> {
-    pub(super) fn new() -> Self {
-        Self { name: follower_name(P::NAME), routes: routes_of::<P>() }
+impl<P: Process> ProcessFollower<P> {
+    /// Creates the follower from the routes of the process.
+    ///
+    /// # Errors
+    /// If a route is invalid.
+    pub(crate) fn new() -> Result<Self, FilterError> {
+        let routes = P::routes();
+        let mut names = routes.names()?;
+        names.insert(EventName::new(format!("{}.{REQUESTED}", P::NAME))?);
+        Ok(Self { name: follower_name(P::NAME), routes, filter: Filter::all().with_names(names) })
     }
 }
 
 /// The events of a transaction, with the instances that receive them.
 #[derive(Default)]
-pub(super) struct Deliveries(Vec<RoutedEvent>);
+pub(crate) struct Deliveries(Vec<RoutedEvent>);
 
 struct RoutedEvent {
     instance: String,
@@ -56,7 +53,7 @@ struct RoutedEvent {
     event: RecordedEvent,
 }
 
-impl<P: Process> Projection for Follower<P> {
+impl<P: Process> Projection for ProcessFollower<P> {
     const NAME: &'static str = P::NAME;
     type Event = AnyEvent;
     type Transaction = Deliveries;
@@ -66,8 +63,7 @@ impl<P: Process> Projection for Follower<P> {
     }
 
     fn filter(&self) -> Filter {
-        // start() has checked the routes.
-        filter::<P>().unwrap_or_else(|_| Filter::all().with_names([]))
+        self.filter.clone()
     }
 
     async fn apply(
@@ -99,12 +95,12 @@ impl<P: Process> Projection for Follower<P> {
 /// The instances of a process as a read model: its commit delivers the events.
 ///
 /// The checkpoint moves when every input is recorded in the stream of its instance.
-pub(super) struct Instances<P: Process> {
+pub(super) struct InstanceDelivery<P: Process> {
     progress: AtLeastOnce,
     drivers: Arc<Drivers<P>>,
 }
 
-impl<P: Process> Instances<P> {
+impl<P: Process> InstanceDelivery<P> {
     pub(super) fn new(drivers: Arc<Drivers<P>>) -> Self {
         Self { progress: AtLeastOnce::new(), drivers }
     }
@@ -121,7 +117,7 @@ impl<P: Process> Instances<P> {
             _ => None,
         });
         let mut failed: BTreeMap<Position, ParkedEvent> = BTreeMap::new();
-        let Work { batch, events } = Work::of(deliveries, late);
+        let DeliveryBatch { batch, events } = DeliveryBatch::of(deliveries, late);
         let BatchEnd { recorded, unfinished } = self.drivers.run(batch).await;
         for ((instance, events), recorded) in events.iter().zip(recorded) {
             for (event, recorded) in events.iter().zip(recorded) {
@@ -167,13 +163,13 @@ fn forgets_parked(write: &ProgressWrite) -> bool {
 }
 
 /// The work of a transaction: one unit for each instance, so that its events stay in order.
-struct Work {
+struct DeliveryBatch {
     batch: Vec<(String, WorkKind)>,
     /// The events of each unit.
     events: Vec<(String, Vec<RecordedEvent>)>,
 }
 
-impl Work {
+impl DeliveryBatch {
     fn of(deliveries: Deliveries, late: bool) -> Self {
         let mut units: HashMap<String, usize> = HashMap::new();
         let mut work = Self { batch: Vec::new(), events: Vec::new() };
@@ -199,9 +195,9 @@ impl Work {
     }
 }
 
-impl<P: Process> Sealed for Instances<P> {}
+impl<P: Process> Sealed for InstanceDelivery<P> {}
 
-impl<P: Process> ReadModel for Instances<P> {
+impl<P: Process> ReadModel for InstanceDelivery<P> {
     type Transaction = Deliveries;
     type Open = (Deliveries, (Delivery, Vec<ProgressWrite>));
 

@@ -20,7 +20,7 @@ pub enum Input<'a, E> {
         reply: Reply<'a>,
     },
     /// A command of this instance was rejected by its aggregate or handler.
-    Refused {
+    Rejected {
         /// Key of the effect.
         effect: &'a str,
         /// The rejection.
@@ -48,8 +48,8 @@ impl<E: fmt::Debug> fmt::Debug for Input<'_, E> {
             Self::Done { effect, .. } => {
                 f.debug_struct("Done").field("effect", effect).finish_non_exhaustive()
             }
-            Self::Refused { effect, rejection } => {
-                f.debug_struct("Refused").field("effect", effect).field("rejection", rejection).finish()
+            Self::Rejected { effect, rejection } => {
+                f.debug_struct("Rejected").field("effect", effect).field("rejection", rejection).finish()
             }
             Self::Due { timer } => f.debug_struct("Due").field("timer", timer).finish(),
         }

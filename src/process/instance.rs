@@ -1,7 +1,6 @@
 //! An instance as an aggregate: consumes inputs, reacts, records effects.
 
 use std::fmt;
-use std::sync::Arc;
 use std::time::Duration;
 
 use uuid::Uuid;
@@ -13,11 +12,10 @@ use super::next::{End, Next, Step};
 use super::options::Limits;
 use super::reaction::{Consumed, Reaction};
 use super::record::{Phase, Record};
-use super::route_cache::routes_of;
-use super::routes::{RouteKind, Routes};
+use super::routes::RouteKind;
 use super::{Input, Process, ProcessContext, Rejection, Reply};
 use crate::aggregate::{Aggregate, Context, Decided, Decision, NeverRejects};
-use crate::event::{Position, RecordedEvent, Version};
+use crate::event::{EventSet, Position, RecordedEvent, Version};
 use crate::panic::caught;
 use crate::store::{NewTimer, TimerDue, TimerRef};
 
@@ -27,7 +25,6 @@ const MOST_HELD: usize = 10_000;
 /// An instance of a process: the state of the user, and the bookkeeping.
 pub(crate) struct Instance<P: Process> {
     process: P,
-    routes: Arc<Routes<P::Event>>,
     pub(super) record: Record,
     /// Set if the user's code could not fold an input. The state of the user is then unusable.
     broken: Option<String>,
@@ -35,7 +32,7 @@ pub(crate) struct Instance<P: Process> {
 
 impl<P: Process> Default for Instance<P> {
     fn default() -> Self {
-        Self { process: P::default(), routes: routes_of::<P>(), record: Record::default(), broken: None }
+        Self { process: P::default(), record: Record::default(), broken: None }
     }
 }
 
@@ -75,8 +72,8 @@ impl<P: Process> Aggregate for Instance<P> {
         if self.broken.is_some() {
             return;
         }
-        let (routes, process) = (self.routes.clone(), &mut self.process);
-        let folded = caught(|| with_input(&routes, &input, |input, _| process.apply(input)));
+        let process = &mut self.process;
+        let folded = caught(|| with_input(&input, |input, _| process.apply(input)));
         let reason = folded.unwrap_or_else(|panic| Err(format!("the process panicked: {panic}"))).err();
         self.broken = reason.map(|reason| format!("folding input {} failed: {reason}", input.id));
     }
@@ -143,7 +140,7 @@ impl<P: Process> Instance<P> {
             let (id, input_id, trail, now) = (context.id(), input.id, &input.trail, context.now());
             self.process.react(view, &ProcessContext { id, input_id, recorded, trail, now })
         };
-        let next = caught(|| with_input(&self.routes, input, react))
+        let next = caught(|| with_input(input, react))
             .unwrap_or_else(|panic| Err(format!("the process panicked: {panic}")))?;
         self.events(next, input, limits, context.id())
     }
@@ -164,13 +161,16 @@ impl<P: Process> Instance<P> {
         let is_running = |name: &&String| !matches!(&input.source, Source::Due { timer } if timer == *name);
         let mut open = self.record.effects.iter().filter(is_open).count();
         let mut timers = self.record.timers.keys().filter(is_running).count();
+        let rejected = matches!(input.source, Source::Rejected { .. });
         let mut events = Vec::with_capacity(next.steps.len() + 1);
         for step in next.steps {
             events.push(match step {
                 Step::Execute { key, command, undo } => {
                     open += 1;
                     // Only the last part can have a NUL, so that no two effects have one name.
-                    let name = format!("process\0{}\0{id}\0{key}", P::NAME);
+                    // A contradicting answer has the id of the rejection before it.
+                    let kind = if rejected { "process-rejected" } else { "process" };
+                    let name = format!("{kind}\0{}\0{id}\0{key}", P::NAME);
                     let effect_id = Uuid::new_v5(&input.id, name.as_bytes());
                     let (cause, trail) = (input.id, input.trail.clone());
                     let undoes = false;
@@ -211,18 +211,18 @@ impl<P: Process> Instance<P> {
         // Two nodes may have sent a command, and an aggregate records no rejection: the rejection of
         // one attempt does not exclude that the other one takes effect later.
         let took_effect = matches!(answer, Settlement::Done { .. });
-        let contradicted = || record.refused.iter().find(|effect| took_effect && effect.id == id);
+        let contradicted = || record.rejected.iter().find(|effect| took_effect && effect.id == id);
         let Some(effect) = open.or_else(contradicted) else {
             return (Consumed::Duplicate, Vec::new());
         };
         let key = effect.key.clone();
         let source = match answer {
             Settlement::Done { reply } => Source::Done { effect: key, reply: reply.clone() },
-            Settlement::Refused { message, .. } if effect.undoes => {
+            Settlement::Rejected { message, .. } if effect.undoes => {
                 return self.park(id, &format!("the undo command {key:?} was rejected: {message}"));
             }
-            Settlement::Refused { message, details } => {
-                Source::Refused { effect: key, message: message.clone(), details: details.clone() }
+            Settlement::Rejected { message, details } => {
+                Source::Rejected { effect: key, message: message.clone(), details: details.clone() }
             }
         };
         let input = RecordedInput { id, source, held: false, trail: effect.trail.clone() };
@@ -325,24 +325,36 @@ impl<P: Process> Instance<P> {
     ) -> Reaction {
         let record = &self.record;
         let mut reaction = Reaction { consumed, ..Reaction::default() };
-        let parks = events.iter().any(|event| matches!(event, ProcessEvent::Parked { .. }));
-        let resumes = events.iter().any(|event| matches!(event, ProcessEvent::Resumed {}));
-        let answered = match &command.kind {
-            CommandKind::Settle { effect, .. } => Some(*effect),
-            _ => None,
-        };
+        let has = |is: fn(&ProcessEvent) -> bool| events.iter().any(is);
+        let parks = has(|event| matches!(event, ProcessEvent::Parked { .. }));
+        let compensates = has(|event| matches!(event, ProcessEvent::Compensating {}));
+        let resumes = compensates || has(|event| matches!(event, ProcessEvent::Resumed {}));
         if command.resend && !parks && (record.parked.is_none() || resumes) {
-            let open = record.effects.iter().filter(|effect| Some(effect.id) != answered);
+            // The driver before may have ended before it carried out an earlier reaction.
+            let failed = record.parked.as_ref().and_then(|(_, effect)| *effect).filter(|_| compensates);
+            let answered = match &command.kind {
+                CommandKind::Settle { effect, .. } => Some(*effect),
+                _ => None,
+            };
+            let open = record.effects.iter();
+            let open = open.filter(|effect| Some(effect.id) != answered && Some(effect.id) != failed);
             reaction.effects.extend(open.cloned());
             reaction.resent = reaction.effects.len();
+            let asks = matches!(command.kind, CommandKind::Advance) || consumed == Consumed::Duplicate;
+            let timers = record.timers.iter().filter(|_| asks);
+            reaction.put.extend(timers.map(|(name, timer)| new_timer(name, timer.version, timer.due)));
         }
         for (event, version) in events.iter().zip(1..).map(|(event, index)| (event, version.plus(index))) {
             match event {
                 ProcessEvent::Effect(effect) => reaction.effects.push(effect.clone()),
                 ProcessEvent::TimerStarted { name, due, .. } => {
+                    reaction.put.retain(|timer| timer.name != *name);
                     reaction.put.push(new_timer(name, version, *due));
                 }
-                ProcessEvent::TimerCancelled { name } => self.remove_timer(name, &mut reaction.remove),
+                ProcessEvent::TimerCancelled { name } => {
+                    reaction.put.retain(|timer| timer.name != *name);
+                    self.remove_timer(name, &mut reaction.remove);
+                }
                 ProcessEvent::Ended { ending } => {
                     if *ending == Ending::Cancelled {
                         reaction.cancels = true;
@@ -358,12 +370,6 @@ impl<P: Process> Instance<P> {
         if let CommandKind::Fire { timer, .. } = &command.kind {
             // Its row goes when nothing is left to do.
             reaction.remove.retain(|removed| removed.name != *timer);
-        }
-        let asks = matches!(consumed, Consumed::Nothing | Consumed::Duplicate);
-        if command.resend && asks && events.is_empty() && record.parked.is_none() {
-            // The driver before may have ended before it stored them.
-            let timers = record.timers.iter();
-            reaction.put.extend(timers.map(|(name, timer)| new_timer(name, timer.version, timer.due)));
         }
         // After events, the next command decides: this state is the one before them.
         let acts = record.parked.is_none() && (record.phase != Phase::Running || record.holds());
@@ -408,20 +414,19 @@ fn new_timer(name: &str, version: Version, due: Due) -> NewTimer {
 }
 
 /// Calls `view` with an input, decoded.
-fn with_input<E: Send + 'static, T>(
-    routes: &Routes<E>,
+fn with_input<E: EventSet, T>(
     input: &RecordedInput,
     view: impl FnOnce(Input<'_, E>, Option<&RecordedEvent>) -> T,
 ) -> Result<T, String> {
     Ok(match &input.source {
         Source::Event(trigger) => {
             let recorded = trigger.recorded(input.id)?;
-            let event = routes.decode(&recorded)?;
+            let event = recorded.decode::<E>().map_err(|error| error.to_string())?;
             view(Input::Event(&event), Some(&recorded))
         }
         Source::Done { effect, reply } => view(Input::Done { effect, reply: Reply { encoded: reply } }, None),
-        Source::Refused { effect, message, details } => {
-            view(Input::Refused { effect, rejection: Rejection { message, encoded: details } }, None)
+        Source::Rejected { effect, message, details } => {
+            view(Input::Rejected { effect, rejection: Rejection { message, encoded: details } }, None)
         }
         Source::Due { timer } => view(Input::Due { timer }, None),
     })

@@ -61,7 +61,7 @@ impl Next {
     /// Sends a command to an aggregate on any node.
     ///
     /// The answer is an [`Input::Done`](super::Input::Done) or
-    /// [`Input::Refused`](super::Input::Refused) with this key. The key is unique in a reaction.
+    /// [`Input::Rejected`](super::Input::Rejected) with this key. The key is unique in a reaction.
     pub fn execute<A: Aggregate>(
         self,
         key: impl Into<String>,

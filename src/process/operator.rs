@@ -24,12 +24,12 @@ use crate::store::{EventStore, LeaseInfo, StoreError, StoredTimer};
 ///
 /// ```no_run
 /// use std::sync::Arc;
-/// use storied::process::{InstanceState, Operator, ReadInstances};
+/// use storied::process::{InstanceState, ProcessOperator, ReadInstances};
 /// use storied::{EventStore, PostgresStore};
 ///
 /// # async fn run() -> Result<(), Box<dyn std::error::Error>> {
 /// let store: Arc<dyn EventStore> = Arc::new(PostgresStore::connect("").await?);
-/// let operator = Operator::new(store);
+/// let operator = ProcessOperator::new(store);
 /// let parked = ReadInstances::new().state(InstanceState::Parked);
 /// for instance in operator.instances("fulfilment", parked).await?.instances {
 ///     println!("{}: {}", instance.id, instance.parked.unwrap_or_default());
@@ -39,7 +39,7 @@ use crate::store::{EventStore, LeaseInfo, StoreError, StoredTimer};
 /// # }
 /// ```
 #[derive(Clone)]
-pub struct Operator {
+pub struct ProcessOperator {
     store: Arc<dyn EventStore>,
 }
 
@@ -64,7 +64,7 @@ impl ProcessRecord {
     }
 }
 
-impl Operator {
+impl ProcessOperator {
     /// Creates an operator for the processes of `store`.
     pub fn new(store: Arc<dyn EventStore>) -> Self {
         Self { store }
@@ -129,7 +129,10 @@ impl Operator {
     pub async fn status(&self, process: &str, id: &str) -> Result<InstanceStatus, RequestError> {
         self.check(process, id).await?;
         let status = read_status(&*self.store, process, id).await?;
-        status.ok_or_else(|| RequestError::Unknown { process: process.to_owned(), instance: id.to_owned() })
+        status.ok_or_else(|| RequestError::UnknownInstance {
+            process: process.to_owned(),
+            instance: id.to_owned(),
+        })
     }
 
     /// Returns the open timers of an instance as the store has them, by due time.
@@ -196,8 +199,8 @@ impl Operator {
     }
 }
 
-impl fmt::Debug for Operator {
+impl fmt::Debug for ProcessOperator {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Operator").field("store", self.store.info()).finish_non_exhaustive()
+        f.debug_struct("ProcessOperator").field("store", self.store.info()).finish_non_exhaustive()
     }
 }

@@ -40,7 +40,7 @@ impl ProcessOptions {
 
     /// Sets the first event of a new process.
     ///
-    /// The first start records the position. No earlier event is ever delivered, also after a reset.
+    /// The first start records the position. No earlier event is ever delivered, not even after a reset.
     /// Default: [`Start::Now`].
     #[must_use]
     pub fn start(mut self, start: Start) -> Self {

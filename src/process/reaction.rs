@@ -1,4 +1,4 @@
-//! What an instance wants from its driver.
+//! The instructions of an instance to its driver.
 
 use serde::de::IgnoredAny;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};

@@ -28,10 +28,10 @@ pub(crate) struct Record {
     /// Unanswered commands, in order.
     pub(super) effects: Vec<Effect>,
     /// Commands whose rejection is recorded.
-    pub(super) refused: Vec<Effect>,
+    pub(super) rejected: Vec<Effect>,
     /// Undo commands of the effects that took effect, with the effect's id and trail.
     pub(super) undo: Vec<Undo>,
-    pub(super) timers: BTreeMap<String, OpenTimer>,
+    pub(super) timers: BTreeMap<String, TimerState>,
     /// Inputs without a reaction, oldest first.
     pub(super) held: VecDeque<RecordedInput>,
     /// Reason why the instance is parked, and the command that failed, if any.
@@ -51,7 +51,7 @@ pub(super) struct Undo {
 
 /// A timer that is not due yet, as far as the instance knows.
 #[derive(Debug, Clone)]
-pub(super) struct OpenTimer {
+pub(super) struct TimerState {
     /// Version of the event that started it.
     pub(super) version: Version,
     pub(super) due: Due,
@@ -82,7 +82,7 @@ impl Record {
                 self.effects.push(effect.clone());
             }
             ProcessEvent::TimerStarted { name, due, trail } => {
-                let timer = OpenTimer { version: self.version, due: *due, trail: trail.clone() };
+                let timer = TimerState { version: self.version, due: *due, trail: trail.clone() };
                 self.timers.insert(name.clone(), timer);
             }
             ProcessEvent::TimerCancelled { name } => _ = self.timers.remove(name),
@@ -129,7 +129,7 @@ impl Record {
     fn consume(&mut self, input: &RecordedInput) -> Option<RecordedInput> {
         match &input.source {
             Source::Event(trigger) => self.consumed = self.consumed.max(trigger.position),
-            Source::Done { .. } | Source::Refused { .. } => self.settle(input),
+            Source::Done { .. } | Source::Rejected { .. } => self.settle(input),
             Source::Due { timer } => _ = self.timers.remove(timer),
         }
         if input.held {
@@ -143,13 +143,13 @@ impl Record {
     fn settle(&mut self, input: &RecordedInput) {
         let of_input = |effect: &Effect| effect.id == input.id;
         let open = self.effects.iter().position(of_input).map(|at| self.effects.remove(at));
-        let refused = || {
-            let at = self.refused.iter().position(of_input)?;
-            Some(self.refused.swap_remove(at))
+        let rejected = || {
+            let at = self.rejected.iter().position(of_input)?;
+            Some(self.rejected.swap_remove(at))
         };
-        let Some(effect) = open.or_else(refused) else { return };
-        if matches!(input.source, Source::Refused { .. }) {
-            self.refused.push(effect);
+        let Some(effect) = open.or_else(rejected) else { return };
+        if matches!(input.source, Source::Rejected { .. }) {
+            self.rejected.push(effect);
             return;
         }
         let Effect { id, key, undo, trail, .. } = effect;

@@ -24,7 +24,7 @@ pub(super) async fn request(
         let record = load(store, &stream).await?;
         let (process, instance) = (process.to_owned(), instance.to_owned());
         if !record.exists() {
-            return Err(RequestError::Unknown { process, instance });
+            return Err(RequestError::UnknownInstance { process, instance });
         }
         if !record.applies(verb) {
             return Err(match verb {

@@ -3,7 +3,9 @@
 use std::collections::BTreeSet;
 use std::fmt;
 
-use crate::event::{DecodeError, Event, EventName, RecordedEvent};
+use std::marker::PhantomData;
+
+use crate::event::{DecodeError, Event, EventName, EventSet, RecordedEvent};
 use crate::store::{Filter, FilterError};
 
 /// The routes of a process, by event.
@@ -11,20 +13,19 @@ use crate::store::{Filter, FilterError};
 /// A variant is named as in [`Filter::variants`]. An event that several routes name takes all of
 /// them; if two lead to the same instance, the first one counts.
 pub struct Routes<E> {
-    routes: Vec<Route<E>>,
+    routes: Vec<Route>,
     /// The first reason why a route is invalid.
     problem: Option<FilterError>,
+    events: PhantomData<fn() -> E>,
 }
 
-struct Route<E> {
+struct Route {
     kind: RouteKind,
-    category: &'static str,
     names: BTreeSet<EventName>,
-    decode: Box<OfEvent<E>>,
-    instances: Box<OfEvent<Instances>>,
+    instances: Box<InstancesOf>,
 }
 
-type OfEvent<T> = dyn Fn(&RecordedEvent) -> Result<T, DecodeError> + Send + Sync;
+type InstancesOf = dyn Fn(&RecordedEvent) -> Result<InstanceIds, DecodeError> + Send + Sync;
 
 /// The effect of a route on an instance that exists or not.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -38,38 +39,38 @@ pub(crate) enum RouteKind {
 ///
 /// Converts from a text, an optional text, and a list of texts.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Instances(pub(super) Vec<String>);
+pub struct InstanceIds(pub(super) Vec<String>);
 
-impl From<String> for Instances {
+impl From<String> for InstanceIds {
     fn from(id: String) -> Self {
         Self(vec![id])
     }
 }
 
-impl From<Option<String>> for Instances {
+impl From<Option<String>> for InstanceIds {
     fn from(id: Option<String>) -> Self {
         Self(id.into_iter().collect())
     }
 }
 
-impl From<Vec<String>> for Instances {
+impl From<Vec<String>> for InstanceIds {
     fn from(ids: Vec<String>) -> Self {
         Self(ids)
     }
 }
 
-impl<E: 'static> Routes<E> {
+impl<E: EventSet> Routes<E> {
     /// Creates an empty list.
     #[must_use]
     pub fn new() -> Self {
-        Self { routes: Vec::new(), problem: None }
+        Self { routes: Vec::new(), problem: None, events: PhantomData }
     }
 
     /// Adds events that start an instance.
     ///
     /// If the instance exists already, the event is ignored.
     #[must_use]
-    pub fn starts<T: Event + Into<E>, I: Into<Instances>>(
+    pub fn starts<T: Event, I: Into<InstanceIds>>(
         self,
         variants: impl IntoIterator<Item = impl AsRef<str>>,
         instances: impl Fn(&T, &RecordedEvent) -> I + Send + Sync + 'static,
@@ -81,7 +82,7 @@ impl<E: 'static> Routes<E> {
     ///
     /// If the instance does not exist or has ended, the event is ignored.
     #[must_use]
-    pub fn continues<T: Event + Into<E>, I: Into<Instances>>(
+    pub fn continues<T: Event, I: Into<InstanceIds>>(
         self,
         variants: impl IntoIterator<Item = impl AsRef<str>>,
         instances: impl Fn(&T, &RecordedEvent) -> I + Send + Sync + 'static,
@@ -93,7 +94,7 @@ impl<E: 'static> Routes<E> {
     ///
     /// If the instance has ended, the event is ignored.
     #[must_use]
-    pub fn starts_or_continues<T: Event + Into<E>, I: Into<Instances>>(
+    pub fn starts_or_continues<T: Event, I: Into<InstanceIds>>(
         self,
         variants: impl IntoIterator<Item = impl AsRef<str>>,
         instances: impl Fn(&T, &RecordedEvent) -> I + Send + Sync + 'static,
@@ -101,21 +102,19 @@ impl<E: 'static> Routes<E> {
         self.with(RouteKind::StartsOrContinues, variants, instances)
     }
 
-    fn with<T: Event + Into<E>, I: Into<Instances>>(
+    fn with<T: Event, I: Into<InstanceIds>>(
         mut self,
         kind: RouteKind,
         variants: impl IntoIterator<Item = impl AsRef<str>>,
         instances: impl Fn(&T, &RecordedEvent) -> I + Send + Sync + 'static,
     ) -> Self {
-        let filter = Filter::variants::<T>(variants);
+        let filter = Filter::variants::<T>(variants).restricted_to::<E>();
         if let Err(problem) = filter.check() {
             self.problem.get_or_insert(problem);
         }
         self.routes.push(Route {
             kind,
-            category: T::CATEGORY,
             names: filter.names().cloned().unwrap_or_default(),
-            decode: Box::new(|event| event.decode::<T>().map(Into::into)),
             instances: Box::new(move |event| Ok(instances(&event.decode::<T>()?, event).into())),
         });
         self
@@ -144,18 +143,9 @@ impl<E: 'static> Routes<E> {
         }
         Ok(found)
     }
-
-    /// Decodes an event as an input.
-    pub(super) fn decode(&self, event: &RecordedEvent) -> Result<E, String> {
-        let category = event.stream.category();
-        match self.routes.iter().find(|route| route.category == category) {
-            Some(route) => (route.decode)(event).map_err(|error| error.to_string()),
-            None => Err(format!("no route of the process has events of the category {category:?}")),
-        }
-    }
 }
 
-impl<E: 'static> Default for Routes<E> {
+impl<E: EventSet> Default for Routes<E> {
     fn default() -> Self {
         Self::new()
     }

@@ -10,13 +10,13 @@ use tokio::sync::{Notify, Semaphore, watch};
 use tokio::time::{Instant, sleep};
 
 use super::counters::Counters;
-use super::doubts::Doubts;
 use super::drivers::{Drivers, MOST_ACTIVE};
 use super::firing::fire;
-use super::follower::{self, Follower, follower_name};
+use super::follower::{InstanceDelivery, ProcessFollower, follower_name};
 use super::instance::Instance;
 use super::resumption::resume_after;
 use super::timer_writer::TimerWriter;
+use super::unresolved::UnresolvedAttempts;
 use super::{Process, ProcessOptions};
 use crate::aggregate::{self, AggregateOptions};
 use crate::command::{Dispatcher, LocalAggregates};
@@ -27,7 +27,7 @@ use crate::projection::{
     self, AtLeastOnce, FailurePolicy, IntoProjection, NodeServices, ProjectionHandle, ProjectionOptions,
     record_start,
 };
-use crate::store::{EventStore, FilterError, GroupCommitter, StoreError};
+use crate::store::{EventStore, GroupCommitter, StoreError};
 use crate::supervised::Task;
 
 /// Time that an instance stays in memory without work.
@@ -53,7 +53,7 @@ pub struct ProcessStatus {
     pub active: usize,
     /// Number of inputs that caused a reaction.
     pub reacted: u64,
-    /// Number of inputs that parked instances have recorded for a later reaction.
+    /// Number of inputs that instances with unreacted inputs recorded for later.
     pub held: u64,
     /// Number of times that an instance was parked.
     pub parked: u64,
@@ -68,31 +68,19 @@ pub(crate) trait RunningProcess: Send + Sync {
 
     fn status(&self) -> ProcessStatus;
 
-    /// Ends the reactions: those in progress have until `deadline`. Returns what did not end in time.
+    /// Ends the reactions. Commands in flight have until `deadline`, and the next owner sends the
+    /// others. Returns what did not end in time.
     ///
-    /// I12: whatever is left, the next owner continues.
+    /// I12: the next owner continues the remaining work.
     fn stop(&self, deadline: Instant) -> BoxFuture<'_, Vec<String>>;
 }
 
-struct Running<P: Process> {
+struct ProcessHost<P: Process> {
     follower: ProjectionHandle,
     drivers: Arc<Drivers<P>>,
     /// Task that fires timers.
     firing: Mutex<Option<Task>>,
     stop: watch::Sender<bool>,
-}
-
-/// Checks that a process can start: its routes, and the events of its instances.
-///
-/// # Errors
-/// If a route is invalid.
-pub(crate) fn check_routes<P: Process>() -> Result<(), FilterError> {
-    follower::filter::<P>().map(drop)
-}
-
-/// Returns the name of the projection that follows the log for a process.
-pub(crate) fn projection_name(process: &str) -> String {
-    follower_name(process)
 }
 
 /// Records the start position of a new process.
@@ -114,8 +102,8 @@ fn instances_of<P: Process>(
     store: Arc<dyn EventStore>,
     writer: GroupCommitter,
 ) -> Result<aggregate::Shared<Instance<P>>, EncodeError> {
-    // No command id is ever repeated, so the window needs no entries to speak of.
-    let options = AggregateOptions::new().command_window(16).idle_timeout(IDLE);
+    // No command id repeats, so the smallest window suffices.
+    let options = AggregateOptions::new().command_window(1).idle_timeout(IDLE);
     aggregate::Shared::new(store, writer, options)
 }
 
@@ -124,16 +112,18 @@ fn instances_of<P: Process>(
 /// # Errors
 /// If the events of its instances cannot be stored, or an actor does not start.
 pub(crate) async fn spawn<P: Process>(
+    follower: ProcessFollower<P>,
     options: ProcessOptions,
     services: ProcessServices,
 ) -> Result<Result<Arc<dyn RunningProcess>, SpawnErr>, EncodeError> {
     let ProcessServices { node, writer, commands, supervisor } = services;
     let store = node.store.clone();
     let shared = instances_of::<P>(store.clone(), writer)?;
-    Ok(start_all::<P>(options, node, store, shared, commands, supervisor).await)
+    Ok(start_all(follower, options, node, store, shared, commands, supervisor).await)
 }
 
 async fn start_all<P: Process>(
+    follower: ProcessFollower<P>,
     options: ProcessOptions,
     node: NodeServices,
     store: Arc<dyn EventStore>,
@@ -150,7 +140,7 @@ async fn start_all<P: Process>(
         timers: TimerWriter::start(store.clone(), P::NAME, soon.clone()),
         limits: options.limits,
         term: term.clone(),
-        doubts: Doubts::default(),
+        unresolved: UnresolvedAttempts::default(),
         resume_after: resume_after(options.lease),
         permits: Semaphore::new(options.in_flight),
         slots: Arc::new(Semaphore::new(MOST_ACTIVE)),
@@ -166,15 +156,15 @@ async fn start_all<P: Process>(
         .lease(options.lease)
         .publish_term(term)
         .start(options.start);
-    let made = Follower::<P>::new().into_projection();
+    let made = follower.into_projection();
     let (_, filter) = made.describe(&following);
-    let instances = follower::Instances::new(drivers.clone());
+    let instances = InstanceDelivery::new(drivers.clone());
     let follower = projection::spawn(made, filter, instances, following, None, node).await?;
     let firing = Task::spawn(fire(drivers.clone(), follower.watch(), soon));
-    Ok(Arc::new(Running { follower, drivers, firing: Mutex::new(Some(firing)), stop }))
+    Ok(Arc::new(ProcessHost { follower, drivers, firing: Mutex::new(Some(firing)), stop }))
 }
 
-impl<P: Process> RunningProcess for Running<P> {
+impl<P: Process> RunningProcess for ProcessHost<P> {
     fn follower(&self) -> &ProjectionHandle {
         &self.follower
     }
@@ -203,7 +193,10 @@ impl<P: Process> RunningProcess for Running<P> {
                 unfinished.push(format!("{active} instances of process {} with open commands", P::NAME));
             }
             let grace = deadline.max(Instant::now() + Duration::from_millis(100));
-            self.drivers.instances.shut_down(grace).await;
+            let unanswered = self.drivers.instances.shut_down(grace).await;
+            if unanswered > 0 {
+                unfinished.push(format!("{unanswered} inputs of process {} without an answer", P::NAME));
+            }
             unfinished
         })
     }

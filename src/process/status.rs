@@ -116,12 +116,12 @@ pub(super) fn stream_of(process: &str, instance: &str) -> Result<StreamId, Store
 /// Returns the status of the instance with this stream.
 pub(super) fn status_of(stream: &StreamId, record: Record) -> InstanceStatus {
     let state = match record.phase {
-        Phase::Ended(Ending::Completed) if record.parked.is_none() => InstanceState::Completed,
+        _ if record.parked.is_some() => InstanceState::Parked,
+        Phase::Running => InstanceState::Running,
+        Phase::Compensating => InstanceState::Compensating,
+        Phase::Ended(Ending::Completed) => InstanceState::Completed,
         Phase::Ended(Ending::Compensated) => InstanceState::Compensated,
         Phase::Ended(Ending::Cancelled) => InstanceState::Cancelled,
-        _ if record.parked.is_some() => InstanceState::Parked,
-        Phase::Compensating => InstanceState::Compensating,
-        Phase::Running | Phase::Ended(_) => InstanceState::Running,
     };
     let effects = record.effects.into_iter().map(|effect| OpenEffect {
         key: effect.key,

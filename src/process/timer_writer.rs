@@ -8,10 +8,10 @@ use tokio::sync::{Notify, mpsc, oneshot};
 use crate::store::{EventStore, NewTimer, StoreError, TimerDue, TimerRef};
 use crate::supervised::Task;
 
-/// Maximum number of changes in one write.
+/// Number of changes from which a write takes no further one.
 const WRITE: usize = 5_000;
 
-/// Interval between two looks at the timers, unless one is due earlier.
+/// Interval between two reads of due timers, unless a timer is due earlier.
 pub(super) const POLL: Duration = Duration::from_secs(1);
 
 /// A writer that merges concurrent changes of a process' timers.

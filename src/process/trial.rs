@@ -20,7 +20,6 @@ use super::command::{CommandKind, InstanceCommand, Settlement};
 use super::event::{Due, Effect, EncodedCommand, Ending, ProcessEvent, Trail, Trigger};
 use super::instance::Instance;
 use super::instance_event::InstanceEvent;
-use super::route_cache::routes_of;
 use super::{Process, ProcessOptions};
 use crate::aggregate::{Aggregate, Context};
 use crate::codec::{Codec, decode_variant, encode_variant, from_cbor, to_cbor};
@@ -136,7 +135,7 @@ impl<P: Process> ProcessTrial<P> {
             metadata: Bytes::from_static(&[0xa0]),
             recorded_at: self.now,
         };
-        let routed = routes_of::<P>().route(&recorded).expect("the event decodes");
+        let routed = P::routes().route(&recorded).expect("the event decodes");
         let route = routed.into_iter().find(|(instance, _)| *instance == self.id);
         let Some((_, route)) = route else {
             panic!("the routes do not deliver {} to instance {:?}", recorded.name, self.id)
@@ -162,10 +161,10 @@ impl<P: Process> ProcessTrial<P> {
     }
 
     /// Delivers the rejection of an open command.
-    pub fn when_refused(mut self, effect: &str, error: impl std::error::Error + Serialize) -> Self {
+    pub fn when_rejected(mut self, effect: &str, error: impl std::error::Error + Serialize) -> Self {
         let details = to_cbor(&error).expect("the error can be encoded");
         let effect = self.open(effect);
-        let answer = Settlement::Refused { message: error.to_string(), details };
+        let answer = Settlement::Rejected { message: error.to_string(), details };
         self.consume(CommandKind::Settle { effect, answer });
         self
     }

@@ -72,7 +72,7 @@ pub enum StartError {
         error: FilterError,
     },
     /// Two processes have the same name, so their instances would mix.
-    #[error("duplicate process name {name:?}: its instances belong to one process; rename one of them")]
+    #[error("duplicate process name {name:?}: instances belong to one process; rename one process")]
     SameProcess {
         /// The name.
         name: &'static str,

@@ -9,7 +9,7 @@ use crate::event::{Position, check_name};
 use crate::future::BoxFuture;
 use crate::invalid_option::InvalidOption;
 use crate::process::{
-    self, Process, ProcessOptions, ProcessServices, RunningProcess, check_routes, projection_name,
+    self, Process, ProcessFollower, ProcessOptions, ProcessServices, RunningProcess, follower_name,
     record_process_start,
 };
 use crate::projection::NodeServices;
@@ -34,15 +34,19 @@ type StartProcess = dyn FnOnce(ProcessServices) -> BoxFuture<'static, Result<Arc
 impl ProcessRegistration {
     pub(super) fn new<P: Process>(options: ProcessOptions) -> Self {
         let starting = options.clone();
+        let follower = ProcessFollower::<P>::new();
         Self {
             name: P::NAME,
             type_name: type_name::<P>(),
-            projection: projection_name(P::NAME),
-            routes: check_routes::<P>(),
+            projection: follower_name(P::NAME),
+            routes: follower.as_ref().map(drop).map_err(Clone::clone),
             invalid: options.validate(),
             options,
             start: Box::new(move |services| {
-                Box::pin(async move { Ok(process::spawn::<P>(starting, services).await??) })
+                Box::pin(async move {
+                    let follower = follower.map_err(|error| StartError::Route { name: P::NAME, error })?;
+                    Ok(process::spawn(follower, starting, services).await??)
+                })
             }),
         }
     }

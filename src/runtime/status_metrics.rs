@@ -167,7 +167,12 @@ fn of<T>(node: &Weak<Inner>, observer: &dyn AsyncInstrument<T>, read: Read<T>) {
 
 fn projections(inner: &Inner) -> impl Iterator<Item = (KeyValue, crate::ProjectionStatus)> {
     let named = |name: &str| KeyValue::new("storied.projection", name.to_owned());
-    inner.projections.iter().map(move |projection| (named(projection.name()), projection.status()))
+    let followers = inner.processes.iter().map(|process| process.follower());
+    inner
+        .projections
+        .iter()
+        .chain(followers)
+        .map(move |projection| (named(projection.name()), projection.status()))
 }
 
 fn signed(count: usize) -> i64 {

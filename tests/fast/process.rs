@@ -1,6 +1,7 @@
 //! Processes on the memory store.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use storied::command::{HandleError, Handler, HandlerContext, HandlerOptions};
@@ -9,7 +10,8 @@ use storied::projection::ProjectionState;
 use storied::runtime::StartError;
 use storied::store::ReadLog;
 use storied::{
-    Filter, MemoryStore, NeverRejects, Position, ProcessOptions, RecordedEvent, Runtime, SqliteStore,
+    Aggregate, Context, Decided, Event, Filter, MemoryStore, NeverRejects, Position, ProcessOptions,
+    RecordedEvent, Runtime, SqliteStore,
 };
 
 use serde::{Deserialize, Serialize};
@@ -17,18 +19,7 @@ use serde::{Deserialize, Serialize};
 use storied::testing::given_process;
 
 use crate::support::fulfilment::{Fulfilment, Order, OrderEvent, SoldOut, Stock, StockCommand};
-
-/// Waits until `check` returns a value.
-async fn eventually<T>(what: &str, mut check: impl AsyncFnMut() -> Option<T>) -> T {
-    let deadline = tokio::time::Instant::now() + Duration::from_secs(20);
-    loop {
-        if let Some(value) = check().await {
-            return value;
-        }
-        assert!(tokio::time::Instant::now() < deadline, "waited in vain: {what}");
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
-}
+use crate::support::{FaultyStore, eventually_some};
 
 async fn start() -> Runtime {
     let builder = Runtime::builder().store(MemoryStore::new()).aggregate::<Order>().aggregate::<Stock>();
@@ -60,7 +51,7 @@ async fn status(runtime: &Runtime, id: &str) -> Option<InstanceStatus> {
 
 async fn until(runtime: &Runtime, id: &str, state: InstanceState) -> InstanceStatus {
     let found = async || status(runtime, id).await.filter(|status| status.state == state);
-    eventually(&format!("{id} is {state:?}"), found).await
+    eventually_some(&format!("{id} is {state:?}"), found).await
 }
 
 #[tokio::test]
@@ -112,22 +103,23 @@ async fn a_timer_fires_once_or_is_cancelled() {
     for id in ["fires", "cancelled", "replaced"] {
         place(&runtime, id, &[]).await;
     }
-    note(&runtime, "cancelled", "soon").await;
+    note(&runtime, "cancelled", "second").await;
     note(&runtime, "cancelled", "never").await;
-    note(&runtime, "replaced", "soon").await;
+    note(&runtime, "replaced", "second").await;
     note(&runtime, "replaced", "later").await;
-    note(&runtime, "fires", "soon").await;
+    note(&runtime, "fires", "second").await;
+    // Due last, so the others were due before.
     until(&runtime, "fires", InstanceState::Completed).await;
-    tokio::time::sleep(Duration::from_millis(200)).await;
-    assert_eq!(status(&runtime, "cancelled").await.unwrap().timers, []);
-    let replaced = status(&runtime, "replaced").await.unwrap();
-    assert_eq!((replaced.state, replaced.timers.len()), (InstanceState::Running, 1));
+    for (id, timers) in [("cancelled", 0), ("replaced", 1)] {
+        let status = status(&runtime, id).await.unwrap();
+        assert_eq!((status.state, status.timers.len()), (InstanceState::Running, timers), "{id}");
+    }
     // Late inputs are ignored, and counted.
     note(&runtime, "fires", "soon").await;
     place(&runtime, "replaced", &["tea"]).await;
     note(&runtime, "unknown", "soon").await;
     let ignored = async || (runtime.status().await.processes[0].ignored == 3).then_some(());
-    eventually("three events are ignored", ignored).await;
+    eventually_some("three events are ignored", ignored).await;
     assert_eq!(status(&runtime, "unknown").await, None);
     assert_eq!(names(&runtime, "stock/tea").await.len(), 0);
     runtime.shutdown().await.unwrap();
@@ -145,12 +137,12 @@ async fn a_panic_parks_this_instance_alone() {
     let parked = until(&runtime, "1", InstanceState::Parked).await;
     assert_eq!(parked.parked.as_deref(), Some("the process panicked: as noted"));
     let held = async || status(&runtime, "1").await.filter(|status| status.held == 2);
-    eventually("two inputs are held", held).await;
+    eventually_some("two inputs are held", held).await;
     // It panics again.
     let one = runtime.process::<Fulfilment>("1");
     one.retry().await.unwrap();
-    let parked_twice = async || (runtime.status().await.processes[0].parked >= 1).then_some(());
-    eventually("it is parked again", parked_twice).await;
+    let parked_twice = async || (runtime.status().await.processes[0].parked >= 2).then_some(());
+    eventually_some("it is parked again", parked_twice).await;
     until(&runtime, "1", InstanceState::Parked).await;
     assert!(runtime.process::<Fulfilment>("2").retry().await.unwrap_err().to_string().contains("not parked"));
     assert!(
@@ -189,7 +181,7 @@ async fn a_retry_after_a_deploy_reacts_to_the_held_inputs_in_order() {
     note(&runtime, "1", "panic").await;
     note(&runtime, "1", "soon").await;
     let held = async || status(&runtime, "1").await.filter(|status| status.held == 2);
-    eventually("two inputs are held", held).await;
+    eventually_some("two inputs are held", held).await;
     let store = runtime.store().clone();
     runtime.shutdown().await.unwrap();
     let runtime =
@@ -208,12 +200,19 @@ async fn a_reset_of_the_follower_has_no_effect() {
     for order in 0..20 {
         until(&runtime, &order.to_string(), InstanceState::Completed).await;
     }
+    place(&runtime, "timed", &[]).await;
+    note(&runtime, "timed", "later").await;
+    let timers = async || runtime.store().timers(None, None, 10).await.unwrap();
+    let stored = async || Some(timers().await).filter(|timers| timers.len() == 1);
+    let timer = eventually_some("the timer is stored", stored).await;
     let before = log(&runtime).await.len();
     let follower = runtime.projection("process fulfilment").unwrap();
     follower.wait_until_caught_up(Duration::from_secs(10)).await.unwrap();
+    let applied = follower.status().events_applied;
     follower.reset().await.unwrap();
     follower.wait_until_caught_up(Duration::from_secs(10)).await.unwrap();
-    assert_eq!(log(&runtime).await.len(), before);
+    assert_eq!(follower.status().events_applied, 2 * applied, "all events were delivered again");
+    assert_eq!((log(&runtime).await.len(), timers().await), (before, timer));
     runtime.shutdown().await.unwrap();
 }
 
@@ -337,13 +336,13 @@ async fn a_slow_command_delays_no_other_instance_and_no_shutdown_loses_it() {
                 .filter(|status| status.effects.is_empty() && status.version.get() == 3)
         }
     };
-    eventually("the fast one is charged", instance("fast")).await;
+    eventually_some("the fast one is charged", instance("fast")).await;
     assert!(instance("slow")().await.is_none(), "the slow one is still running");
     runtime.shutdown().await.unwrap();
     let runtime = start().await;
     let handle = runtime.process::<Charges>("slow");
     let charged = async || handle.status().await.unwrap().filter(|status| status.effects.is_empty());
-    eventually("the slow one is charged", charged).await;
+    eventually_some("the slow one is charged", charged).await;
     assert_eq!(handle.status().await.unwrap().unwrap().parked, None);
     runtime.shutdown().await.unwrap();
 }
@@ -380,9 +379,10 @@ async fn a_circle_of_reactions_stops_at_the_depth_limit() {
     note(&runtime, "1", "a").await;
     let handle = runtime.process::<Ping>("only");
     let parked = async || handle.status().await.unwrap().and_then(|status| status.parked);
-    let reason = eventually("the instance is parked", parked).await;
+    let reason = eventually_some("the instance is parked", parked).await;
     assert!(reason.contains("depth 5 (limit 5)"), "{reason}");
-    tokio::time::sleep(Duration::from_millis(100)).await;
+    let follower = runtime.projection("process ping").unwrap();
+    follower.wait_until_caught_up(Duration::from_secs(10)).await.unwrap();
     assert_eq!(names(&runtime, "order/1").await.len(), 6);
     runtime.shutdown().await.unwrap();
 }
@@ -431,7 +431,7 @@ async fn what_is_wrong_is_parked_alone_with_its_reason() {
         note(&runtime, "1", text).await;
     }
     let status = async |id: &str| runtime.process::<Texts>(id).status().await.unwrap();
-    eventually("the last event is consumed", async || status("good").await).await;
+    eventually_some("the last event is consumed", async || status("good").await).await;
     for (id, reason) in [
         ("twice", "two commands with the key \"same\""),
         ("nowhere", "no node handles commands for \"stock\""),
@@ -439,7 +439,7 @@ async fn what_is_wrong_is_parked_alone_with_its_reason() {
         ("unnamed", "invalid timer name \"\": empty"),
     ] {
         let parked = async || status(id).await.and_then(|status| status.parked);
-        let found = eventually("the instance is parked", parked).await;
+        let found = eventually_some("the instance is parked", parked).await;
         assert!(found.contains(reason), "{id}: {found}");
     }
     let follower = runtime.projection("process texts").unwrap();
@@ -470,7 +470,7 @@ fn a_process_is_tested_without_a_runtime() {
         .when_done("reserve tea", 1_u32)
         .then_nothing();
     assert_eq!(done.state().reserved, 1);
-    done.when_refused("reserve milk", SoldOut(2))
+    done.when_rejected("reserve milk", SoldOut(2))
         .then_compensates()
         .then_executes::<Stock>("undo reserve tea", "tea", StockCommand::Release { order: "17".into() })
         .then_nothing()
@@ -506,8 +506,141 @@ async fn a_copied_store_runs_no_process() {
         let status = copied.projection("process fulfilment").unwrap().status();
         (status.state == ProjectionState::Failed).then_some(status.last_error.unwrap_or_default())
     };
-    let error = eventually("the process has failed", failed).await;
+    let error = eventually_some("the process has failed", failed).await;
     assert!(error.contains("storied store adopt"), "{error}");
     assert_eq!(status(&copied, "2").await, None);
     copied.shutdown().await.unwrap();
+}
+
+/// An aggregate whose code panics on one command.
+#[derive(Default)]
+struct Fragile;
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum FragileEvent {
+    Used { text: String },
+}
+
+impl Event for FragileEvent {
+    const CATEGORY: &'static str = "fragile";
+}
+
+impl Aggregate for Fragile {
+    type Event = FragileEvent;
+    type Command = FragileEvent;
+    type Reply = ();
+    type Error = NeverRejects;
+
+    fn handle(&self, command: &FragileEvent, _: &Context<'_>) -> Decided<Self> {
+        let FragileEvent::Used { text } = command;
+        assert_ne!(text, "break");
+        Ok(command.clone().into())
+    }
+
+    fn apply(&mut self, _: &FragileEvent) {}
+}
+
+#[derive(Default)]
+struct Breaks;
+
+impl Process for Breaks {
+    const NAME: &'static str = "breaks";
+    type Event = OrderEvent;
+
+    fn routes() -> Routes<OrderEvent> {
+        Routes::new().starts(["placed"], |_: &OrderEvent, event| event.stream.id().to_owned())
+    }
+
+    fn react(&self, input: Input<'_, OrderEvent>, _: &ProcessContext<'_>) -> Next {
+        let used = |text: &str| FragileEvent::Used { text: text.to_owned() };
+        match input {
+            Input::Event(_) => Next::new()
+                .execute::<Fragile>("first", "1", used("break"))
+                .execute::<Fragile>("second", "1", used("do"))
+                .undo::<Fragile>("1", used("undo")),
+            _ => Next::none(),
+        }
+    }
+}
+
+/// The second command waits for the first one to the same target, which fails for good.
+#[tokio::test]
+async fn an_instance_that_a_command_has_parked_can_compensate() {
+    let builder = Runtime::builder().store(MemoryStore::new()).aggregate::<Order>().aggregate::<Fragile>();
+    let runtime = builder.process::<Breaks>().start().await.unwrap();
+    place(&runtime, "1", &[]).await;
+    let handle = runtime.process::<Breaks>("1");
+    let state = async |expected| handle.status().await.unwrap().filter(|status| status.state == expected);
+    let parked = eventually_some("it is parked", async || state(InstanceState::Parked).await).await;
+    assert!(parked.parked.unwrap().contains("\"first\""));
+    assert_eq!(names(&runtime, "fragile/1").await.len(), 0);
+    handle.compensate().await.unwrap();
+    eventually_some("it has compensated", async || state(InstanceState::Compensated).await).await;
+    assert_eq!(names(&runtime, "fragile/1").await.len(), 2, "the second command, and its undo");
+    runtime.shutdown().await.unwrap();
+}
+
+/// Whether the route of [`Late`] panics.
+static BROKEN: AtomicBool = AtomicBool::new(true);
+
+#[derive(Default)]
+struct Late;
+
+impl Process for Late {
+    const NAME: &'static str = "late";
+    type Event = OrderEvent;
+
+    fn routes() -> Routes<OrderEvent> {
+        Routes::new().starts_or_continues(["placed", "noted"], |event: &OrderEvent, _| {
+            let breaks = matches!(event, OrderEvent::Placed { .. }) && BROKEN.load(Ordering::Relaxed);
+            assert!(!breaks, "by order of the test");
+            "only".to_owned()
+        })
+    }
+
+    fn react(&self, input: Input<'_, OrderEvent>, _: &ProcessContext<'_>) -> Next {
+        match input {
+            Input::Event(OrderEvent::Placed { .. }) => {
+                Next::new().execute::<Stock>("reserve", "1", StockCommand::Reserve { order: "1".into() })
+            }
+            _ => Next::none(),
+        }
+    }
+}
+
+/// I12: an event that the follower had parked comes after later ones, and its append loses its answer.
+#[tokio::test]
+async fn a_parked_event_is_consumed_once_and_its_effects_are_sent() {
+    let store = FaultyStore::new(MemoryStore::new());
+    let builder = Runtime::builder().store(store.clone()).aggregate::<Order>().aggregate::<Stock>();
+    let runtime = builder.process::<Late>().start().await.unwrap();
+    place(&runtime, "1", &[]).await;
+    note(&runtime, "1", "later").await;
+    let handle = runtime.process::<Late>("only");
+    let later = async || handle.status().await.unwrap();
+    eventually_some("the later event is consumed", later).await;
+    let follower = runtime.projection("process late").unwrap();
+    let parked = follower.parked(10).await.unwrap();
+    assert_eq!(parked.len(), 1);
+    BROKEN.store(false, Ordering::Relaxed);
+    store.append_and_forget();
+    let position = parked[0].position;
+    let retry = tokio::spawn({
+        let follower = follower.clone();
+        async move { follower.retry_parked(position).await }
+    });
+    let recorded = async || handle.status().await.unwrap().filter(|status| status.effects.len() == 1);
+    eventually_some("the input is recorded", recorded).await;
+    store.heal();
+    let reserved = async || (names(&runtime, "stock/1").await.len() == 1).then_some(());
+    eventually_some("the command is sent", reserved).await;
+    retry.await.unwrap().unwrap();
+    assert_eq!(follower.parked(10).await.unwrap().len(), 0);
+    // A second delivery has no effect.
+    follower.reset().await.unwrap();
+    follower.wait_until_caught_up(Duration::from_secs(10)).await.unwrap();
+    assert_eq!(names(&runtime, "late/only").await.iter().filter(|name| *name == "late.input").count(), 3);
+    assert_eq!(names(&runtime, "stock/1").await.len(), 1);
+    runtime.shutdown().await.unwrap();
 }

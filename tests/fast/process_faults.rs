@@ -5,9 +5,8 @@ use std::time::Duration;
 use storied::process::InstanceState;
 use storied::{MemoryStore, ProcessOptions, Runtime};
 use tokio::time::{Instant, sleep};
-use uuid::Uuid;
 
-use crate::support::fulfilment::{Fulfilment, Order, OrderEvent, Stock};
+use crate::support::fulfilment::{Fulfilment, Order, OrderEvent, Stock, record};
 use crate::support::fulfilment_oracle::{check, ended};
 use crate::support::{Dice, FaultyStore, PATIENCE, eventually_async};
 
@@ -20,16 +19,6 @@ async fn node(store: &FaultyStore) -> Runtime {
             Ok(node) => return node,
             Err(error) => assert!(error.to_string().contains("by chance"), "{error}"),
         }
-    }
-}
-
-/// Executes a command until it is durable.
-async fn record(runtime: &Runtime, order: &str, event: OrderEvent) {
-    let id = Uuid::now_v7();
-    let deadline = Instant::now() + PATIENCE;
-    while let Err(error) = runtime.execute::<Order>(order, event.clone()).command_id(id).await {
-        assert!(error.is_transient() && Instant::now() < deadline, "{error}");
-        sleep(Duration::from_millis(2)).await;
     }
 }
 

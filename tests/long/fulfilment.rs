@@ -132,6 +132,7 @@ async fn no_crash_loses_or_repeats_an_effect() {
     // After the first stock is delivered: NATS and PostgreSQL, killed and paused in turn.
     tokio::time::sleep(Duration::from_secs(3)).await;
     let end = Instant::now() + Duration::from_secs(u64::saturating_sub(seconds, 4));
+    let mut faults = 0;
     for fault in (0..4).cycle() {
         if run.is_finished() || Instant::now() > end {
             break;
@@ -158,10 +159,12 @@ async fn no_crash_loses_or_repeats_an_effect() {
                 postgres.resume();
             }
         }
+        faults += 1;
         pause(1_000).await;
     }
     let report = run.await.unwrap();
     eprintln!("{report:?}");
+    assert!(faults > 1 && report.timed_out > 0, "{faults} faults: {report:?}");
     report.check();
 }
 

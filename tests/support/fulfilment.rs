@@ -4,7 +4,11 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use storied::process::{Input, Next, Process, ProcessContext, Routes};
-use storied::{Aggregate, Context, Decided, Decision, Event, NeverRejects};
+use storied::{Aggregate, Context, Decided, Decision, Event, NeverRejects, Runtime};
+use tokio::time::{Instant, sleep};
+use uuid::Uuid;
+
+use super::wait::PATIENCE;
 
 #[derive(Default)]
 pub struct Order;
@@ -121,6 +125,9 @@ impl Process for Fulfilment {
             Input::Event(OrderEvent::Noted { text }) if text == "soon" => {
                 Next::new().after("soon", Duration::from_millis(30))
             }
+            Input::Event(OrderEvent::Noted { text }) if text == "second" => {
+                Next::new().after("soon", Duration::from_secs(1))
+            }
             Input::Event(OrderEvent::Noted { text }) if text == "later" => {
                 Next::new().after("soon", Duration::from_secs(3_600))
             }
@@ -133,7 +140,7 @@ impl Process for Fulfilment {
                     false => Next::none(),
                 }
             }
-            Input::Refused { rejection, .. } => {
+            Input::Rejected { rejection, .. } => {
                 assert_eq!(rejection.decode(), Ok(SoldOut(2)));
                 assert_eq!(rejection.to_string(), "2 pieces are reserved, no more are left");
                 Next::compensate()
@@ -148,5 +155,15 @@ impl Process for Fulfilment {
             Input::Done { .. } => self.reserved += 1,
             _ => {}
         }
+    }
+}
+
+/// Executes a command on an order until it is durable, under one id.
+pub async fn record(runtime: &Runtime, order: &str, event: OrderEvent) {
+    let id = Uuid::now_v7();
+    let deadline = Instant::now() + PATIENCE;
+    while let Err(error) = runtime.execute::<Order>(order, event.clone()).command_id(id).await {
+        assert!(error.is_transient() && Instant::now() < deadline, "{error}");
+        sleep(Duration::from_millis(5)).await;
     }
 }

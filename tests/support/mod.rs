@@ -52,5 +52,5 @@ pub use ports::Port;
 pub use postgres::PostgresServer;
 pub use subscriber::ThreadSubscriber;
 pub use test_process::{run_alone, test_process};
-pub use wait::{PATIENCE, eventually, eventually_async};
+pub use wait::{PATIENCE, eventually, eventually_async, eventually_some};
 pub use workdir::processes_in;

@@ -27,3 +27,14 @@ pub async fn eventually_async(what: &str, mut condition: impl AsyncFnMut() -> bo
     };
     timeout(PATIENCE, fulfilled).await.unwrap_or_else(|_| panic!("never: {what}"));
 }
+
+/// Waits until an asynchronous search finds a value, and returns it.
+pub async fn eventually_some<T>(what: &str, mut search: impl AsyncFnMut() -> Option<T>) -> T {
+    let mut found = None;
+    eventually_async(what, async || {
+        found = search().await;
+        found.is_some()
+    })
+    .await;
+    found.expect("a value")
+}

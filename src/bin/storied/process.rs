@@ -4,7 +4,7 @@ use clap::ValueEnum;
 use serde_json::{Value, json};
 use storied::Position;
 use storied::process::{
-    InstanceState, InstanceStatus, OpenEffect, OpenTimer, Operator, ProcessRecord, ReadInstances,
+    InstanceState, InstanceStatus, OpenEffect, OpenTimer, ProcessOperator, ProcessRecord, ReadInstances,
 };
 use storied::store::StoredTimer;
 
@@ -89,7 +89,7 @@ enum Request {
 }
 
 pub(crate) async fn run(command: Command, from: &DatabaseArgs, out: &mut Output) -> Result<(), Failure> {
-    let operator = Operator::new(from.store().await?);
+    let operator = ProcessOperator::new(from.store().await?);
     match command {
         Command::List(args) => list(&operator, args, out).await,
         Command::Show(one) => show(&operator, &one, out).await,
@@ -106,7 +106,7 @@ struct Listed {
     next: Option<u64>,
 }
 
-async fn list(operator: &Operator, args: List, out: &mut Output) -> Result<(), Failure> {
+async fn list(operator: &ProcessOperator, args: List, out: &mut Output) -> Result<(), Failure> {
     let processes = match &args.process {
         Some(name) => vec![operator.process(name).await?],
         None => operator.processes().await?,
@@ -127,7 +127,11 @@ async fn list(operator: &Operator, args: List, out: &mut Output) -> Result<(), F
 }
 
 /// Reads the instances of a process, up to the limit.
-async fn instances(operator: &Operator, process: ProcessRecord, args: &List) -> Result<Listed, Failure> {
+async fn instances(
+    operator: &ProcessOperator,
+    process: ProcessRecord,
+    args: &List,
+) -> Result<Listed, Failure> {
     let limit = usize::from(args.limit);
     let mut read = ReadInstances::new().after(Position::new(args.from.unwrap_or_default().saturating_sub(1)));
     read.state = args.state.map(InstanceState::from);
@@ -171,15 +175,17 @@ fn print(all: &[Listed], args: &List, out: &mut Output) -> Result<(), Failure> {
     for Listed { process, next, .. } in all {
         if let Some(next) = next {
             let (limit, name) = (args.limit, &process.name);
+            let state = args.state.map(|state| format!(" --state {}", InstanceState::from(state)));
+            let state = state.unwrap_or_default();
             out.line(format!(
-                "… the limit of {limit} instances of {name}; the log continues: process list {name} --from {next}"
+                "… the limit of {limit} instances of {name}; the log continues: process list {name}{state} --from {next}"
             ))?;
         }
     }
     Ok(())
 }
 
-async fn show(operator: &Operator, one: &One, out: &mut Output) -> Result<(), Failure> {
+async fn show(operator: &ProcessOperator, one: &One, out: &mut Output) -> Result<(), Failure> {
     let process = operator.process(&one.process).await?;
     let status = operator.status(&one.process, &one.id).await?;
     let stored = operator.timers(&status).await?;
@@ -250,7 +256,12 @@ fn owner(process: &ProcessRecord) -> String {
     if process.paused { format!("paused, {owner}") } else { owner }
 }
 
-async fn request(operator: &Operator, one: &One, request: Request, out: &mut Output) -> Result<(), Failure> {
+async fn request(
+    operator: &ProcessOperator,
+    one: &One,
+    request: Request,
+    out: &mut Output,
+) -> Result<(), Failure> {
     let One { process, id } = one;
     let name = match request {
         Request::Retry => {

@@ -5,7 +5,7 @@ use std::time::Duration;
 use chrono::{DateTime, TimeDelta, Utc};
 use serde_json::json;
 use storied::EventStore;
-use storied::process::Operator;
+use storied::process::ProcessOperator;
 use storied::store::StoredTimer;
 
 use crate::database::DatabaseArgs;
@@ -40,7 +40,7 @@ pub(crate) async fn run(command: Command, from: &DatabaseArgs, out: &mut Output)
     let Command::List(args) = command;
     let store = from.store().await?;
     if let Some(name) = &args.process {
-        Operator::new(store.clone()).process(name).await?;
+        ProcessOperator::new(store.clone()).process(name).await?;
     }
     let (timers, more) = read(&*store, &args).await?;
     if out.json {

@@ -34,7 +34,7 @@ pub(crate) struct Failure {
     pub(crate) number: u64,
     /// Whether a cause that the command does not have, such as a full disk, made it fail.
     ///
-    /// Only if the code does not tell: the same command may succeed later.
+    /// Set only if the code does not show it: the same command may succeed later.
     #[serde(default, skip_serializing_if = "is_false")]
     pub(crate) outage: bool,
     /// Size that exceeds the limit, in bytes.

@@ -136,7 +136,7 @@ async fn instances_are_listed_and_shown() {
             .run(&["process", "list", "fulfilment"])
             .await
             .code(4)
-            .complains(&["no process \"fulfilment\" in this store; no node has run one"]);
+            .complains(&["unknown process \"fulfilment\"; the store has none, since no node has run one"]);
         let node = node(&store).await;
         fill(&node).await;
         let run = async |args: &[&str]| without_payloads(fixture.run(args).await);
@@ -253,7 +253,7 @@ async fn timers_are_listed_by_due_time() {
             .run(&["timer", "list", "--process", "order"])
             .await
             .code(4)
-            .complains(&["no process \"order\" in this store; it has charging, fulfilment"]);
+            .complains(&["unknown process \"order\"; the store has charging, fulfilment"]);
         for wrong in ["2", "2y", "h", "400000d"] {
             fixture
                 .run(&["timer", "list", "--within", wrong])
@@ -334,7 +334,7 @@ async fn wrong_names_and_states_are_refused() {
                 .run(&["process", command, "order", "1"])
                 .await
                 .code(4)
-                .complains(&["no process \"order\" in this store; it has charging, fulfilment"]);
+                .complains(&["unknown process \"order\"; the store has charging, fulfilment"]);
             fixture
                 .run(&["process", command, "fulfilment", "99"])
                 .await
@@ -358,7 +358,7 @@ async fn wrong_names_and_states_are_refused() {
             let run = fixture.run(&["process", command, "fulfilment", "1", "--json"]).await.code(4);
             let error: serde_json::Value = serde_json::from_str(&run.err).unwrap();
             assert_eq!(error["error"]["kind"], "refused");
-            assert!(error["error"]["message"].as_str().unwrap().contains("has ended; there is nothing left"));
+            assert!(error["error"]["message"].as_str().unwrap().contains("has ended; no request applies"));
         }
         for wrong in [&["--state", "lost"][..], &["--from", "1"], &["--limit", "0"]] {
             fixture.run(&[&["process", "list"], wrong].concat()).await.code(2);
