@@ -46,7 +46,7 @@ pub use self::position::{Position, Version};
 pub use self::recorded::{NewEvent, RecordedEvent};
 pub use self::set::{AnyEvent, EventDecoder, EventSet};
 pub use self::stream::StreamId;
-pub(crate) use self::stream::id_problem;
+pub(crate) use self::stream::{id_problem, text_problem};
 pub(crate) use self::types::EventTypes;
 use crate::codec::Upcasters;
 

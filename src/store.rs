@@ -1,7 +1,7 @@
 //! The event store port: an append-only log of streams and the state that must be stored beside it.
 //!
-//! That state is checkpoints, leases, snapshots, command records, timers and the set of paused
-//! projections.
+//! That state is checkpoints, leases, snapshots, command records, timers, scheduled commands with
+//! their schedules, and the set of paused projections.
 //!
 //! Every back end gives the same guarantees and passes the same suite (`storied::testing::store`):
 //!
@@ -42,6 +42,8 @@ mod page_size;
 pub(crate) mod postgres;
 mod progress;
 mod request;
+mod schedule_store;
+mod scheduled;
 mod snapshot;
 #[cfg(any(feature = "sqlite", feature = "postgres"))]
 pub(crate) mod sql;
@@ -73,6 +75,11 @@ pub use self::progress::{
     StoredProjection,
 };
 pub use self::request::{Request, StoredRequest};
+pub use self::schedule_store::ScheduleStore;
+pub use self::scheduled::{
+    CommandEnd, DueCommands, DueSchedules, NewScheduledCommand, ScheduledCommand, ScheduledQuery,
+    ScheduledState, StoredSchedule,
+};
 pub use self::snapshot::{Snapshot, SnapshotRevision};
 #[cfg(feature = "sqlite")]
 pub use self::sqlite::{SqliteOptions, SqliteStore};

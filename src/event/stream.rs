@@ -70,15 +70,20 @@ impl StreamId {
 
 /// Returns the reason why a text cannot be the id of a stream; `what` names it in the reason.
 pub(crate) fn id_problem(what: &str, id: &str) -> Option<String> {
-    if id.is_empty() {
-        return Some(format!("empty {what}; use 1 to {MAX_ID} bytes of text"));
+    text_problem(what, id, MAX_ID)
+}
+
+/// Returns the reason why a text is not one of 1 to `limit` printable bytes.
+pub(crate) fn text_problem(what: &str, text: &str, limit: usize) -> Option<String> {
+    if text.is_empty() {
+        return Some(format!("empty {what}; use 1 to {limit} bytes of text"));
     }
-    if id.len() > MAX_ID {
-        let length = id.len();
-        return Some(format!("{what} too long: {length} bytes (limit {MAX_ID}); use a shorter id"));
+    if text.len() > limit {
+        let length = text.len();
+        return Some(format!("{what} too long: {length} bytes (limit {limit}); use a shorter id"));
     }
     // PostgreSQL cannot store NUL, and the others are unreadable.
-    let (at, _) = id.char_indices().find(|(_, c)| c.is_control())?;
+    let (at, _) = text.char_indices().find(|(_, c)| c.is_control())?;
     Some(format!("invalid {what}: control character at byte {at}; use printable text"))
 }
 
