@@ -16,6 +16,10 @@ GRANT SELECT, INSERT, UPDATE ON storied.projections, storied.checkpoints TO shop
 GRANT SELECT, INSERT, UPDATE, DELETE ON storied.parked, storied.requests TO shop;
 GRANT SELECT, INSERT, UPDATE, DELETE ON storied.timers TO shop;
 GRANT EXECUTE ON FUNCTION storied.write_timers TO shop;
+GRANT SELECT, INSERT, UPDATE, DELETE ON storied.scheduled_commands, storied.schedules TO shop;
+GRANT EXECUTE ON FUNCTION storied.schedule_commands, storied.start_due_commands, storied.end_commands TO shop;
+GRANT EXECUTE ON FUNCTION storied.cancel_command, storied.retry_command TO shop;
+GRANT EXECUTE ON FUNCTION storied.write_schedule, storied.remove_schedule TO shop;
 GRANT SELECT, INSERT, DELETE ON storied.commands TO shop;
 GRANT UPDATE (recorded_at) ON storied.commands TO shop;  -- to lock records that are about to expire
 

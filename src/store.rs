@@ -36,12 +36,14 @@ mod lease;
 mod log_page;
 mod memory;
 mod memory_progress;
+mod memory_schedules;
 mod memory_timers;
 mod page_size;
 #[cfg(feature = "postgres")]
 pub(crate) mod postgres;
 mod progress;
 mod request;
+mod schedule_arguments;
 mod schedule_store;
 mod scheduled;
 mod snapshot;

@@ -854,3 +854,282 @@ BEGIN
     RETURN changed;
 END $$;
 REVOKE EXECUTE ON FUNCTION storied.write_timers FROM PUBLIC;
+
+-- Scheduled commands: commands that are executed when they are due.
+CREATE TABLE storied.scheduled_commands (
+    id       uuid        PRIMARY KEY,                            -- id of the command
+    target   text        NOT NULL COLLATE "C" CHECK (octet_length(target) > 0), -- in clear: category/id, or the name of a handler
+    body     bytea       NOT NULL,                               -- encoded command
+    due_at   timestamptz NOT NULL
+        CHECK (due_at BETWEEN '0001-01-01 00:00:00+00' AND '9999-12-31 00:00:00+00'),
+    schedule text        COLLATE "C",                            -- recurring schedule of which the command is a tick
+    state    text        NOT NULL COLLATE "C" CHECK (state IN ('parked', 'started', 'waiting')),
+    reason   text                                                -- reason for parking
+);
+-- Each statement has one possible index, whatever the statistics say: only look-ups by due time contain
+-- the condition on the target, which is true for every row, and only those of a schedule compare it.
+CREATE INDEX scheduled_commands_by_due ON storied.scheduled_commands (state, due_at, id) WHERE octet_length(target) > 0;
+CREATE INDEX scheduled_commands_by_schedule ON storied.scheduled_commands (schedule, state, due_at, id) WHERE schedule IS NOT NULL;
+-- Commands come and go at the lower end of the index, as timers do.
+ALTER TABLE storied.scheduled_commands SET (autovacuum_vacuum_scale_factor = 0.02);
+
+-- Recurring schedules.
+CREATE TABLE storied.schedules (
+    name       text   NOT NULL COLLATE "C" PRIMARY KEY,
+    definition bytea  NOT NULL,
+    revision   bigint NOT NULL CHECK (revision >= 0),            -- number of writes: 1, 2, 3 …
+    next_at    timestamptz                                       -- next tick; null: paused or ended
+        CHECK (next_at BETWEEN '0001-01-01 00:00:00+00' AND '9999-12-31 00:00:00+00')
+);
+CREATE INDEX schedules_by_next ON storied.schedules (next_at, name) WHERE revision >= 0;
+
+-- Stores commands, and returns the stored ones, each with the number that the call has added. The
+-- due time is a time, or microseconds after the clock.
+CREATE FUNCTION storied.schedule_commands(
+    command_ids uuid[],
+    targets     text[],
+    bodies      bytea[],
+    due_times   timestamptz[],
+    due_after   bigint[],
+    of_schedules text[]
+) RETURNS TABLE (
+    command_id uuid, command_target text, command_body bytea, command_due_at timestamptz, command_schedule text,
+    command_state text, command_reason text, added bigint)
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+SET plan_cache_mode = force_generic_plan
+SET enable_seqscan = off
+SET enable_bitmapscan = off
+AS $$
+DECLARE
+    started CONSTANT timestamptz := clock_timestamp();
+    new_rows bigint;
+BEGIN
+    IF current_setting('synchronous_commit') = 'off' THEN
+        RAISE EXCEPTION 'synchronous_commit is off: scheduled commands would be reported before they are durable' USING ERRCODE = 'ST002';
+    END IF;
+    -- Sorted, so that calls with common commands wait in the same order. An existing command is locked
+    -- and not changed: it cannot end between this statement and the next one.
+    INSERT INTO storied.scheduled_commands AS c (id, target, body, due_at, schedule, state)
+    SELECT n.id, n.target, n.body, coalesce(n.due_time, started + n.due_after * interval '1 microsecond'), n.schedule, 'waiting'
+    FROM unnest(command_ids, targets, bodies, due_times, schedule_commands.due_after, of_schedules)
+        AS n (id, target, body, due_time, due_after, schedule)
+    ORDER BY n.id
+    ON CONFLICT (id) DO UPDATE SET state = c.state WHERE false;
+    GET DIAGNOSTICS new_rows = ROW_COUNT;
+    RETURN QUERY
+        SELECT c.id, c.target, c.body, c.due_at, c.schedule, c.state, c.reason, new_rows
+        FROM storied.scheduled_commands AS c WHERE c.id = ANY(command_ids);
+END $$;
+REVOKE EXECUTE ON FUNCTION storied.schedule_commands FROM PUBLIC;
+
+-- Starts due commands, the oldest first: at most so many, and no more after so many bytes of bodies.
+-- Returns them, and a last row without a command: with the clock, and the due time of the earliest
+-- command that waits.
+CREATE FUNCTION storied.start_due_commands(
+    most       bigint,
+    most_bytes bigint
+) RETURNS TABLE (
+    command_id uuid, command_target text, command_body bytea, command_due_at timestamptz, command_schedule text,
+    clock timestamptz, next_due_at timestamptz)
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+SET plan_cache_mode = force_generic_plan
+SET enable_seqscan = off
+SET enable_bitmapscan = off
+AS $$
+DECLARE
+    started CONSTANT timestamptz := clock_timestamp();
+    locked  bigint;                        -- number of due commands that no other call has locked
+    picked  uuid[];                        -- those that are started
+    next_at timestamptz;
+BEGIN
+    IF current_setting('synchronous_commit') = 'off' THEN
+        RAISE EXCEPTION 'synchronous_commit is off: scheduled commands would be reported before they are durable' USING ERRCODE = 'ST002';
+    END IF;
+    -- A command that another call starts is skipped, so no two calls start it and none waits.
+    SELECT array_agg(d.id) FILTER (WHERE d.bytes_before < most_bytes), count(*) INTO picked, locked
+    FROM (
+        SELECT l.id, sum(l.bytes) OVER (ORDER BY l.due_at, l.id ROWS UNBOUNDED PRECEDING) - l.bytes AS bytes_before
+        FROM (
+            SELECT c.id, c.due_at, octet_length(c.body) AS bytes FROM storied.scheduled_commands AS c
+            WHERE c.state = 'waiting' AND c.due_at <= started AND octet_length(c.target) > 0
+            ORDER BY c.due_at, c.id LIMIT most FOR UPDATE SKIP LOCKED
+        ) AS l
+    ) AS d;
+    IF picked IS NOT NULL THEN
+        RETURN QUERY
+            UPDATE storied.scheduled_commands AS c SET state = 'started' WHERE c.id = ANY(picked)
+            RETURNING c.id, c.target, c.body, c.due_at, c.schedule, NULL::timestamptz, NULL::timestamptz;
+    END IF;
+    next_at := (
+        SELECT c.due_at FROM storied.scheduled_commands AS c
+        WHERE c.state = 'waiting' AND octet_length(c.target) > 0 ORDER BY c.due_at, c.id LIMIT 1);
+    -- The rest of the due commands is locked by other calls, which start them or fail: a call at once
+    -- would start none.
+    IF next_at <= started AND locked < most AND locked = coalesce(cardinality(picked), 0) THEN
+        next_at := least(started + interval '1 second', (
+            SELECT c.due_at FROM storied.scheduled_commands AS c
+            WHERE c.state = 'waiting' AND c.due_at > started AND octet_length(c.target) > 0
+            ORDER BY c.due_at, c.id LIMIT 1));
+    END IF;
+    RETURN QUERY SELECT NULL::uuid, NULL::text, NULL::bytea, NULL::timestamptz, NULL::text, started, next_at;
+END $$;
+REVOKE EXECUTE ON FUNCTION storied.start_due_commands FROM PUBLIC;
+
+-- Ends started commands, and returns the number of changed rows. A command without a reason for
+-- parking is deleted.
+CREATE FUNCTION storied.end_commands(command_ids uuid[], reasons text[]) RETURNS bigint
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+SET plan_cache_mode = force_generic_plan
+SET enable_seqscan = off
+SET enable_bitmapscan = off
+AS $$
+DECLARE
+    changed  bigint := 0;
+    affected bigint;
+    ended    record;
+BEGIN
+    IF current_setting('synchronous_commit') = 'off' THEN
+        RAISE EXCEPTION 'synchronous_commit is off: scheduled commands would be reported before they are durable' USING ERRCODE = 'ST002';
+    END IF;
+    -- Sorted, so that calls with common commands wait in the same order.
+    FOR ended IN SELECT * FROM unnest(command_ids, reasons) AS e (id, reason) ORDER BY e.id LOOP
+        IF ended.reason IS NULL THEN
+            DELETE FROM storied.scheduled_commands AS c WHERE c.id = ended.id AND c.state = 'started';
+        ELSE
+            UPDATE storied.scheduled_commands AS c SET state = 'parked', reason = ended.reason
+            WHERE c.id = ended.id AND c.state = 'started';
+        END IF;
+        GET DIAGNOSTICS affected = ROW_COUNT;
+        changed := changed + affected;
+    END LOOP;
+    RETURN changed;
+END $$;
+REVOKE EXECUTE ON FUNCTION storied.end_commands FROM PUBLIC;
+
+-- Deletes a command unless it is started, and returns it as it was before.
+CREATE FUNCTION storied.cancel_command(command_id uuid) RETURNS SETOF storied.scheduled_commands
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+SET plan_cache_mode = force_generic_plan
+SET enable_seqscan = off
+SET enable_bitmapscan = off
+AS $$
+DECLARE
+    stored storied.scheduled_commands%ROWTYPE;
+BEGIN
+    IF current_setting('synchronous_commit') = 'off' THEN
+        RAISE EXCEPTION 'synchronous_commit is off: scheduled commands would be reported before they are durable' USING ERRCODE = 'ST002';
+    END IF;
+    -- The lock waits for a call that starts the command, and then shows its state.
+    SELECT c.* INTO stored FROM storied.scheduled_commands AS c WHERE c.id = command_id FOR UPDATE;
+    IF NOT FOUND THEN
+        RETURN;
+    END IF;
+    IF stored.state <> 'started' THEN
+        DELETE FROM storied.scheduled_commands AS c WHERE c.id = command_id;
+    END IF;
+    RETURN NEXT stored;
+END $$;
+REVOKE EXECUTE ON FUNCTION storied.cancel_command FROM PUBLIC;
+
+-- Makes a parked command due now, and returns it as it was before.
+CREATE FUNCTION storied.retry_command(command_id uuid) RETURNS SETOF storied.scheduled_commands
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+SET plan_cache_mode = force_generic_plan
+SET enable_seqscan = off
+SET enable_bitmapscan = off
+AS $$
+DECLARE
+    stored storied.scheduled_commands%ROWTYPE;
+BEGIN
+    IF current_setting('synchronous_commit') = 'off' THEN
+        RAISE EXCEPTION 'synchronous_commit is off: scheduled commands would be reported before they are durable' USING ERRCODE = 'ST002';
+    END IF;
+    SELECT c.* INTO stored FROM storied.scheduled_commands AS c WHERE c.id = command_id FOR UPDATE;
+    IF NOT FOUND THEN
+        RETURN;
+    END IF;
+    IF stored.state = 'parked' THEN
+        UPDATE storied.scheduled_commands AS c SET state = 'waiting', due_at = clock_timestamp(), reason = NULL
+        WHERE c.id = command_id;
+    END IF;
+    RETURN NEXT stored;
+END $$;
+REVOKE EXECUTE ON FUNCTION storied.retry_command FROM PUBLIC;
+
+-- Writes a revision of a schedule after the one before, together with commands. Returns whether it
+-- was written; if not, nothing was.
+CREATE FUNCTION storied.write_schedule(
+    of_name        text,
+    new_definition bytea,
+    new_revision   bigint,
+    new_next_at    timestamptz,
+    command_ids    uuid[],
+    targets        text[],
+    bodies         bytea[],
+    due_times      timestamptz[],
+    due_after      bigint[],
+    of_schedules   text[]
+) RETURNS boolean
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+SET plan_cache_mode = force_generic_plan
+SET enable_seqscan = off
+SET enable_bitmapscan = off
+AS $$
+DECLARE
+    affected bigint;
+BEGIN
+    IF current_setting('synchronous_commit') = 'off' THEN
+        RAISE EXCEPTION 'synchronous_commit is off: schedules would be reported before they are durable' USING ERRCODE = 'ST002';
+    END IF;
+    IF new_revision = 1 THEN
+        INSERT INTO storied.schedules (name, definition, revision, next_at)
+        VALUES (of_name, new_definition, new_revision, new_next_at) ON CONFLICT (name) DO NOTHING;
+    ELSE
+        UPDATE storied.schedules AS s SET definition = new_definition, revision = new_revision, next_at = new_next_at
+        WHERE s.name = of_name AND s.revision = new_revision - 1;
+    END IF;
+    GET DIAGNOSTICS affected = ROW_COUNT;
+    IF affected = 0 THEN
+        RETURN false;
+    END IF;
+    IF cardinality(command_ids) > 0 THEN
+        PERFORM FROM storied.schedule_commands(command_ids, targets, bodies, due_times, due_after, of_schedules);
+    END IF;
+    RETURN true;
+END $$;
+REVOKE EXECUTE ON FUNCTION storied.write_schedule FROM PUBLIC;
+
+-- Removes a revision of a schedule, together with its waiting commands. Returns whether it was stored.
+CREATE FUNCTION storied.remove_schedule(of_name text, of_revision bigint) RETURNS boolean
+LANGUAGE plpgsql VOLATILE
+SET search_path = pg_catalog, pg_temp
+SET plan_cache_mode = force_generic_plan
+SET enable_seqscan = off
+SET enable_bitmapscan = off
+AS $$
+DECLARE
+    waiting uuid[];
+BEGIN
+    IF current_setting('synchronous_commit') = 'off' THEN
+        RAISE EXCEPTION 'synchronous_commit is off: schedules would be reported before they are durable' USING ERRCODE = 'ST002';
+    END IF;
+    DELETE FROM storied.schedules AS s WHERE s.name = of_name AND s.revision = of_revision;
+    IF NOT FOUND THEN
+        RETURN false;
+    END IF;
+    waiting := ARRAY(
+        SELECT c.id FROM storied.scheduled_commands AS c WHERE c.schedule = of_name AND c.state = 'waiting');
+    -- Sorted, so that calls with common commands wait in the same order. The lock waits for a call that
+    -- starts a command, which then stays.
+    DELETE FROM storied.scheduled_commands AS c WHERE c.id = ANY(ARRAY(
+        SELECT w.id FROM storied.scheduled_commands AS w
+        WHERE w.id = ANY(waiting) AND w.state = 'waiting' ORDER BY w.id FOR UPDATE));
+    RETURN true;
+END $$;
+REVOKE EXECUTE ON FUNCTION storied.remove_schedule FROM PUBLIC;

@@ -165,3 +165,28 @@ CREATE TABLE storied_timers (
 ) STRICT, WITHOUT ROWID;
 
 CREATE INDEX storied_timers_by_due ON storied_timers (process, due_at, instance, name);
+
+-- Scheduled commands: commands that are executed when they are due.
+CREATE TABLE storied_scheduled_commands (
+    id       BLOB    NOT NULL PRIMARY KEY,    -- UUID, 16 bytes: id of the command
+    target   TEXT    NOT NULL,                -- in clear: category/id, or the name of a handler
+    due_at   INTEGER NOT NULL,                -- microseconds since 1970
+    schedule TEXT,                            -- recurring schedule of which the command is a tick
+    state    TEXT    NOT NULL CHECK (state IN ('waiting', 'started', 'parked')),
+    reason   TEXT,                            -- reason for parking
+    body     BLOB    NOT NULL                 -- encoded command
+) STRICT;
+
+CREATE INDEX storied_scheduled_commands_by_due ON storied_scheduled_commands (state, due_at, id);
+CREATE INDEX storied_scheduled_commands_by_schedule ON storied_scheduled_commands (schedule, state, due_at, id)
+    WHERE schedule IS NOT NULL;
+
+-- Recurring schedules.
+CREATE TABLE storied_schedules (
+    name       TEXT    NOT NULL PRIMARY KEY,
+    definition BLOB    NOT NULL,
+    revision   INTEGER NOT NULL,              -- number of writes: 1, 2, 3 …
+    next_at    INTEGER                        -- next tick, in microseconds since 1970; NULL: paused or ended
+) STRICT;
+
+CREATE INDEX storied_schedules_by_next ON storied_schedules (next_at, name) WHERE next_at IS NOT NULL;

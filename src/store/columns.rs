@@ -10,6 +10,7 @@ use chrono::{DateTime, Datelike, Utc};
 use sqlx::error::{BoxDynError, DatabaseError};
 use sqlx::{Column, ColumnIndex, Decode, Row, Type};
 
+use super::scheduled::ScheduledState;
 use crate::transient::causes;
 
 /// Returns the code of a database error, or of one among its causes.
@@ -122,6 +123,24 @@ where
         Time: Decode<'r, R::Database> + Type<R::Database>,
     {
         self.get::<Time>(column).map(|time| time.0)
+    }
+
+    /// Decodes a time in the years 1 to 9999, or NULL.
+    pub(super) fn optional_time(&self, column: usize) -> Result<Option<DateTime<Utc>>, sqlx::Error>
+    where
+        Option<Time>: Decode<'r, R::Database> + Type<R::Database>,
+    {
+        self.get::<Option<Time>>(column).map(|time| time.map(|time| time.0))
+    }
+
+    /// Decodes the state of a scheduled command.
+    pub(super) fn state(&self, column: usize) -> Result<ScheduledState, sqlx::Error>
+    where
+        String: Decode<'r, R::Database> + Type<R::Database>,
+    {
+        let name: String = self.get(column)?;
+        ScheduledState::parse(&name)
+            .ok_or_else(|| self.unreadable(column, &format!("expected a state, found {name:?}")))
     }
 
     fn unreadable(&self, column: usize, problem: &(impl Display + ?Sized)) -> sqlx::Error {

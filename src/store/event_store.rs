@@ -20,13 +20,14 @@ use super::progress::{
     Checkpoint, CheckpointError, CheckpointKey, ParkedEvent, ProgressWrite, StoredProjection,
 };
 use super::request::{Request, StoredRequest};
+use super::schedule_store::ScheduleStore;
 use super::snapshot::Snapshot;
 use super::timer::{DueTimers, NewTimer, StoredTimer, TimerRef};
 use crate::event::{Position, RecordedEvent, StreamId, Version};
 use crate::future::BoxFuture;
 
 /// An event store. The [module](super) lists its guarantees.
-pub trait EventStore: Send + Sync + 'static {
+pub trait EventStore: ScheduleStore {
     /// Returns the identity and capabilities of the store.
     fn info(&self) -> &StoreInfo;
 

@@ -1,5 +1,7 @@
 //! The in-memory event store: for tests, and the simplest reference for all back ends.
 
+mod schedule_store;
+
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -10,6 +12,7 @@ use uuid::Uuid;
 
 use super::append::{SizeLimits, append_valid};
 use super::memory_progress::MemoryProgress;
+use super::memory_schedules::MemorySchedules;
 use super::memory_timers::MemoryTimers;
 use super::page_size::PageSizer;
 use super::version_check::StreamVersions;
@@ -53,6 +56,7 @@ struct Data {
     commands: HashMap<Uuid, CommandRecord>,
     command_events: HashMap<(Uuid, StreamId), CommandEvents>,
     timers: MemoryTimers,
+    schedules: MemorySchedules,
 }
 
 impl Default for MemoryStore {

@@ -37,6 +37,8 @@ mod options;
 pub(crate) mod progress;
 mod read;
 mod request_batcher;
+mod scheduled_commands;
+mod schedules;
 mod schema;
 mod snapshots;
 mod statements;

@@ -153,6 +153,12 @@ impl ScheduledState {
             Self::Parked => "parked",
         }
     }
+
+    /// Returns the state with this name.
+    #[cfg(any(feature = "sqlite", feature = "postgres"))]
+    pub(super) fn parse(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|state| state.as_str() == name)
+    }
 }
 
 impl fmt::Display for ScheduledState {

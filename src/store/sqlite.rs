@@ -16,6 +16,8 @@ mod number_cache;
 mod options;
 pub(crate) mod progress;
 mod read;
+mod scheduled_commands;
+mod schedules;
 mod schema;
 mod shared;
 mod snapshots;

@@ -106,11 +106,17 @@ pub(super) fn storable(time: DateTime<Utc>) -> DateTime<Utc> {
 #[cfg(any(feature = "sqlite", feature = "postgres"))]
 pub(super) fn cursor(after: Option<&StoredTimer>) -> (Option<DateTime<Utc>>, [&str; 3]) {
     let Some(after) = after else { return (None, [""; 3]) };
-    // A time before the first or after the last possible one stays there.
+    (Some(cursor_time(after.due_at)), [&after.process, &after.instance, &after.name])
+}
+
+/// Returns the time of a cursor as one that every database can compare with.
+///
+/// A time before the first or after the last due time stays there.
+#[cfg(any(feature = "sqlite", feature = "postgres"))]
+pub(super) fn cursor_time(time: DateTime<Utc>) -> DateTime<Utc> {
     let [earliest, latest] = RANGE.map(|seconds| DateTime::from_timestamp(seconds, 0).unwrap_or_default());
     let beyond = chrono::TimeDelta::seconds(1);
-    let due = after.due_at.clamp(earliest - beyond, latest + beyond);
-    (Some(due), [&after.process, &after.instance, &after.name])
+    time.clamp(earliest - beyond, latest + beyond)
 }
 
 impl StoredTimer {
@@ -153,7 +159,11 @@ pub(super) fn check_read(doing: &str, process: Option<&str>, limit: usize) -> Re
     Ok(())
 }
 
-fn check_text(doing: &str, what: &str, text: &str) -> Result<(), StoreError> {
+/// Checks a text that must be one that the id of a stream may be.
+///
+/// # Errors
+/// `Invalid`.
+pub(super) fn check_text(doing: &str, what: &str, text: &str) -> Result<(), StoreError> {
     match id_problem(what, text) {
         None => Ok(()),
         Some(problem) => Err(StoreError::Invalid { reason: format!("{doing}: {problem}") }),

@@ -27,6 +27,8 @@ pub mod lease;
 pub mod oracle;
 pub mod progress;
 pub mod read;
+pub mod scheduled_commands;
+pub mod schedules;
 pub mod timers;
 
 use std::any::Any;
@@ -165,6 +167,33 @@ macro_rules! event_store_suite {
                 many_timers_are_written_at_once,
                 the_highest_of_many_rivals_wins,
                 concurrent_writes_of_many_timers_succeed;
+            scheduled_commands:
+                a_command_waits_starts_and_ends,
+                an_existing_command_stays_unchanged,
+                due_commands_start_oldest_first,
+                a_command_becomes_due,
+                many_commands_start_and_end_at_once,
+                large_commands_start_in_small_batches,
+                a_parked_command_is_retried,
+                a_command_is_cancelled_unless_it_is_started,
+                ends_of_other_commands_are_ignored,
+                commands_are_listed_in_pages,
+                far_due_commands_are_kept,
+                invalid_commands_are_refused,
+                one_of_many_rivals_starts_a_command,
+                cancelling_races_with_starting,
+                rivals_store_a_command_once;
+            schedules:
+                a_schedule_is_written_in_revisions,
+                a_wrong_revision_writes_nothing,
+                ticks_are_stored_with_their_schedule,
+                a_removal_spares_started_and_parked_commands,
+                due_schedules_are_returned_oldest_first,
+                schedules_are_listed_by_name,
+                schedules_with_odd_names_are_kept_apart,
+                invalid_schedules_are_refused,
+                one_of_many_rivals_writes_a_schedule,
+                removal_races_with_starting;
             oracle:
                 rivals_on_one_stream_leave_no_gap,
                 followers_see_exactly_the_log,

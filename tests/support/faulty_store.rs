@@ -6,9 +6,11 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use storied::store::{
-    Append, AppendError, Appended, BoxFuture, Checkpoint, CheckpointError, CheckpointKey, ControlChange,
-    ExpectedVersion, Lease, LeaseInfo, LogPage, ParkedEvent, ProgressWrite, ProjectionControl,
-    PublisherCheckpoint, ReadLog, Request, Snapshot, StoreError, StoreInfo, StoredProjection, StoredRequest,
+    Append, AppendError, Appended, BoxFuture, Checkpoint, CheckpointError, CheckpointKey, CommandEnd,
+    ControlChange, DueCommands, DueSchedules, ExpectedVersion, Lease, LeaseInfo, LogPage,
+    NewScheduledCommand, ParkedEvent, ProgressWrite, ProjectionControl, PublisherCheckpoint, ReadLog,
+    Request, ScheduleStore, ScheduledCommand, ScheduledQuery, Snapshot, StoreError, StoreInfo,
+    StoredProjection, StoredRequest, StoredSchedule,
 };
 use storied::{EventStore, MemoryStore, NewEvent, Position, RecordedEvent, StreamId, Version};
 use tokio::sync::watch;
@@ -194,6 +196,22 @@ fn unavailable() -> StoreError {
 
 async fn until(gate: &watch::Sender<bool>) {
     let _ = gate.subscribe().wait_for(|holding| !holding).await;
+}
+
+/// Runs a write that fails, or takes effect without an answer, by chance.
+macro_rules! by_chance {
+    ($self:ident, $call:expr) => {
+        Box::pin(async move {
+            match $self.chance() {
+                Chance::Fine => $call.await,
+                Chance::Failed => Err(unavailable()),
+                Chance::Unanswered => {
+                    $call.await?;
+                    Err(unavailable())
+                }
+            }
+        })
+    };
 }
 
 impl EventStore for FaultyStore {
@@ -439,16 +457,7 @@ impl EventStore for FaultyStore {
         put: Vec<storied::store::NewTimer>,
         remove: Vec<storied::store::TimerRef>,
     ) -> BoxFuture<'a, Result<(), StoreError>> {
-        Box::pin(async move {
-            match self.chance() {
-                Chance::Fine => self.inner.write_timers(process, put, remove).await,
-                Chance::Failed => Err(unavailable()),
-                Chance::Unanswered => {
-                    self.inner.write_timers(process, put, remove).await?;
-                    Err(unavailable())
-                }
-            }
-        })
+        by_chance!(self, self.inner.write_timers(process, put, remove))
     }
 
     fn due_timers<'a>(
@@ -466,5 +475,75 @@ impl EventStore for FaultyStore {
         limit: usize,
     ) -> BoxFuture<'a, Result<Vec<storied::store::StoredTimer>, StoreError>> {
         self.inner.timers(process, after, limit)
+    }
+}
+
+impl ScheduleStore for FaultyStore {
+    fn schedule_commands(
+        &self,
+        commands: Vec<NewScheduledCommand>,
+    ) -> BoxFuture<'_, Result<Vec<ScheduledCommand>, StoreError>> {
+        by_chance!(self, self.inner.schedule_commands(commands))
+    }
+
+    fn start_due_commands(&self, limit: usize) -> BoxFuture<'_, Result<DueCommands, StoreError>> {
+        by_chance!(self, self.inner.start_due_commands(limit))
+    }
+
+    fn end_commands(&self, ends: Vec<CommandEnd>) -> BoxFuture<'_, Result<(), StoreError>> {
+        by_chance!(self, self.inner.end_commands(ends))
+    }
+
+    fn cancel_command(&self, id: Uuid) -> BoxFuture<'_, Result<Option<ScheduledCommand>, StoreError>> {
+        by_chance!(self, self.inner.cancel_command(id))
+    }
+
+    fn retry_command(&self, id: Uuid) -> BoxFuture<'_, Result<Option<ScheduledCommand>, StoreError>> {
+        by_chance!(self, self.inner.retry_command(id))
+    }
+
+    fn scheduled_command(&self, id: Uuid) -> BoxFuture<'_, Result<Option<ScheduledCommand>, StoreError>> {
+        self.inner.scheduled_command(id)
+    }
+
+    fn scheduled_commands<'a>(
+        &'a self,
+        query: &'a ScheduledQuery,
+        after: Option<&'a ScheduledCommand>,
+        limit: usize,
+    ) -> BoxFuture<'a, Result<Vec<ScheduledCommand>, StoreError>> {
+        self.inner.scheduled_commands(query, after, limit)
+    }
+
+    fn write_schedule(
+        &self,
+        schedule: StoredSchedule,
+        commands: Vec<NewScheduledCommand>,
+    ) -> BoxFuture<'_, Result<bool, StoreError>> {
+        by_chance!(self, self.inner.write_schedule(schedule, commands))
+    }
+
+    fn remove_schedule<'a>(
+        &'a self,
+        name: &'a str,
+        revision: u64,
+    ) -> BoxFuture<'a, Result<bool, StoreError>> {
+        by_chance!(self, self.inner.remove_schedule(name, revision))
+    }
+
+    fn schedule<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<Option<StoredSchedule>, StoreError>> {
+        self.inner.schedule(name)
+    }
+
+    fn schedules<'a>(
+        &'a self,
+        after: Option<&'a str>,
+        limit: usize,
+    ) -> BoxFuture<'a, Result<Vec<StoredSchedule>, StoreError>> {
+        self.inner.schedules(after, limit)
+    }
+
+    fn due_schedules(&self, limit: usize) -> BoxFuture<'_, Result<DueSchedules, StoreError>> {
+        self.inner.due_schedules(limit)
     }
 }

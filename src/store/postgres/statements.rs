@@ -292,5 +292,57 @@ statements! {
                     AND t.process COLLATE ucs_basic <= start.process AND t.version >= 0
                 ORDER BY t.process COLLATE ucs_basic, t.due_at, t.instance, t.name LIMIT $6
             ) AS f ORDER BY f.due_at, f.process, f.instance, f.name LIMIT $6",
+        schedule_commands: "SELECT command_id AS id, command_target AS target, command_body AS body, command_due_at AS due_at,
+                command_schedule AS schedule, command_state AS state, command_reason AS reason, added
+            FROM storied.schedule_commands($1, $2, $3, $4, $5, $6)",
+        start_due_commands: "SELECT command_id AS id, command_target AS target, command_body AS body, command_due_at AS due_at,
+                command_schedule AS schedule, clock, next_due_at
+            FROM storied.start_due_commands($1, $2)",
+        end_commands: "SELECT storied.end_commands($1, $2)",
+        cancel_command: "SELECT id, target, body, due_at, schedule, state, reason FROM storied.cancel_command($1)",
+        retry_command: "SELECT id, target, body, due_at, schedule, state, reason FROM storied.retry_command($1)",
+        scheduled_command: "SELECT id, target, body, due_at, schedule, state, reason FROM storied.scheduled_commands
+            WHERE id = $1 AND (SELECT pg_current_wal_lsn()) IS NOT NULL",
+        // One page of each state, after the command at $2 and $3, up to $5 bytes of bodies. The
+        // condition on the target chooses the index.
+        scheduled_commands: "SELECT p.id, p.target, p.body, p.due_at, p.schedule, p.state, p.reason
+            FROM (
+                SELECT f.*, sum(octet_length(f.body)) OVER (ORDER BY f.due_at, f.id ROWS UNBOUNDED PRECEDING) - octet_length(f.body) AS bytes_before
+                FROM (
+                    SELECT c.* FROM unnest($1::text[]) AS wanted (state) CROSS JOIN LATERAL (
+                        SELECT id, target, body, due_at, schedule, state, reason FROM storied.scheduled_commands
+                        WHERE state = wanted.state AND (due_at, id) > (coalesce($2, '-infinity'), $3) AND octet_length(target) > 0
+                        ORDER BY due_at, id LIMIT $4) AS c
+                    ORDER BY c.due_at, c.id LIMIT $4) AS f
+            ) AS p WHERE p.bytes_before < $5 AND (SELECT pg_current_wal_lsn()) IS NOT NULL ORDER BY p.due_at, p.id",
+        // As `scheduled_commands`, of the schedule $6, which chooses the index.
+        scheduled_commands_of: "SELECT p.id, p.target, p.body, p.due_at, p.schedule, p.state, p.reason
+            FROM (
+                SELECT f.*, sum(octet_length(f.body)) OVER (ORDER BY f.due_at, f.id ROWS UNBOUNDED PRECEDING) - octet_length(f.body) AS bytes_before
+                FROM (
+                    SELECT c.* FROM unnest($1::text[]) AS wanted (state) CROSS JOIN LATERAL (
+                        SELECT id, target, body, due_at, schedule, state, reason FROM storied.scheduled_commands
+                        WHERE schedule = $6 AND state = wanted.state AND (due_at, id) > (coalesce($2, '-infinity'), $3)
+                        ORDER BY due_at, id LIMIT $4) AS c
+                    ORDER BY c.due_at, c.id LIMIT $4) AS f
+            ) AS p WHERE p.bytes_before < $5 AND (SELECT pg_current_wal_lsn()) IS NOT NULL ORDER BY p.due_at, p.id",
+        write_schedule: "SELECT storied.write_schedule($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)",
+        remove_schedule: "SELECT storied.remove_schedule($1, $2)",
+        schedule: "SELECT name, definition, revision, next_at FROM storied.schedules
+            WHERE name = $1 AND (SELECT pg_current_wal_lsn()) IS NOT NULL",
+        schedules: "SELECT name, definition, revision, next_at FROM storied.schedules
+            WHERE name > $1 AND (SELECT pg_current_wal_lsn()) IS NOT NULL ORDER BY name LIMIT $2",
+        // As `due_timers`: `revision >= 0` chooses the index.
+        due_schedules: "WITH clock AS MATERIALIZED (
+                SELECT clock_timestamp() AS now WHERE pg_current_wal_lsn() IS NOT NULL
+            )
+            SELECT e.name, e.definition, e.revision, e.next_at, c.now
+            FROM clock AS c LEFT JOIN (
+                (SELECT name, definition, revision, next_at FROM storied.schedules
+                    WHERE next_at <= (SELECT now FROM clock) AND revision >= 0 ORDER BY next_at, name LIMIT $1)
+                UNION ALL
+                (SELECT name, definition, revision, next_at FROM storied.schedules
+                    WHERE next_at > (SELECT now FROM clock) AND revision >= 0 ORDER BY next_at, name LIMIT 1)
+            ) AS e ON true ORDER BY e.next_at, e.name",
     }
 }

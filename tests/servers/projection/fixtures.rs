@@ -15,9 +15,11 @@ use storied::bus::{
 };
 use storied::projection::{ApplyError, InMemory, ProjectionState, ReadModel, Snapshots, SqliteReadModel};
 use storied::store::{
-    Append, AppendError, Appended, BoxFuture, Checkpoint, CheckpointError, CheckpointKey, ControlChange,
-    ExpectedVersion, Lease, LeaseInfo, LogPage, ParkedEvent, ProgressWrite, ProjectionControl,
-    PublisherCheckpoint, Request, Snapshot, StoreInfo, StoredProgress, StoredProjection, StoredRequest,
+    Append, AppendError, Appended, BoxFuture, Checkpoint, CheckpointError, CheckpointKey, CommandEnd,
+    ControlChange, DueCommands, DueSchedules, ExpectedVersion, Lease, LeaseInfo, LogPage,
+    NewScheduledCommand, ParkedEvent, ProgressWrite, ProjectionControl, PublisherCheckpoint, Request,
+    ScheduleStore, ScheduledCommand, ScheduledQuery, Snapshot, StoreInfo, StoredProgress, StoredProjection,
+    StoredRequest, StoredSchedule,
 };
 use storied::testing::{Node, Sealed};
 use storied::{
@@ -1035,6 +1037,76 @@ impl EventStore for Link {
         limit: usize,
     ) -> BoxFuture<'a, Result<Vec<storied::store::StoredTimer>, StoreError>> {
         through!(self, self.inner.timers(process, after, limit))
+    }
+}
+
+impl ScheduleStore for Link {
+    fn schedule_commands(
+        &self,
+        commands: Vec<NewScheduledCommand>,
+    ) -> BoxFuture<'_, Result<Vec<ScheduledCommand>, StoreError>> {
+        through!(self, self.inner.schedule_commands(commands))
+    }
+
+    fn start_due_commands(&self, limit: usize) -> BoxFuture<'_, Result<DueCommands, StoreError>> {
+        through!(self, self.inner.start_due_commands(limit))
+    }
+
+    fn end_commands(&self, ends: Vec<CommandEnd>) -> BoxFuture<'_, Result<(), StoreError>> {
+        through!(self, self.inner.end_commands(ends))
+    }
+
+    fn cancel_command(&self, id: Uuid) -> BoxFuture<'_, Result<Option<ScheduledCommand>, StoreError>> {
+        through!(self, self.inner.cancel_command(id))
+    }
+
+    fn retry_command(&self, id: Uuid) -> BoxFuture<'_, Result<Option<ScheduledCommand>, StoreError>> {
+        through!(self, self.inner.retry_command(id))
+    }
+
+    fn scheduled_command(&self, id: Uuid) -> BoxFuture<'_, Result<Option<ScheduledCommand>, StoreError>> {
+        through!(self, self.inner.scheduled_command(id))
+    }
+
+    fn scheduled_commands<'a>(
+        &'a self,
+        query: &'a ScheduledQuery,
+        after: Option<&'a ScheduledCommand>,
+        limit: usize,
+    ) -> BoxFuture<'a, Result<Vec<ScheduledCommand>, StoreError>> {
+        through!(self, self.inner.scheduled_commands(query, after, limit))
+    }
+
+    fn write_schedule(
+        &self,
+        schedule: StoredSchedule,
+        commands: Vec<NewScheduledCommand>,
+    ) -> BoxFuture<'_, Result<bool, StoreError>> {
+        through!(self, self.inner.write_schedule(schedule, commands))
+    }
+
+    fn remove_schedule<'a>(
+        &'a self,
+        name: &'a str,
+        revision: u64,
+    ) -> BoxFuture<'a, Result<bool, StoreError>> {
+        through!(self, self.inner.remove_schedule(name, revision))
+    }
+
+    fn schedule<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<Option<StoredSchedule>, StoreError>> {
+        through!(self, self.inner.schedule(name))
+    }
+
+    fn schedules<'a>(
+        &'a self,
+        after: Option<&'a str>,
+        limit: usize,
+    ) -> BoxFuture<'a, Result<Vec<StoredSchedule>, StoreError>> {
+        through!(self, self.inner.schedules(after, limit))
+    }
+
+    fn due_schedules(&self, limit: usize) -> BoxFuture<'_, Result<DueSchedules, StoreError>> {
+        through!(self, self.inner.due_schedules(limit))
     }
 }
 
