@@ -25,7 +25,7 @@ use storied::projection::{ApplyError, InMemoryIndex, Projection, ProjectionState
 use storied::runtime::Builder;
 use storied::{
     Aggregate, Context, Decided, Decision, Event, ExecuteError, Filter, NatsOptions, PostgresReadModel,
-    PostgresStore, PublisherState, RecordedEvent, Runtime, SqliteReadModel, SqliteStore,
+    PostgresStore, PublisherState, RecordedEvent, Runtime, Schedule, SqliteReadModel, SqliteStore,
 };
 use uuid::Uuid;
 
@@ -256,6 +256,35 @@ pub async fn retry(runtime: &Runtime, show: &str) -> Result<(), Failure> {
     Ok(())
 }
 
+const HOUR: Duration = Duration::from_secs(60 * 60);
+
+/// Announces a show later, and sells a seat every night.
+pub async fn schedules(directory: &Path) -> Result<(), Failure> {
+    let runtime = Runtime::builder()
+        .store(SqliteStore::open(directory.join("shows.db")).await?)
+        .aggregate::<Show>()
+        .start()
+        .await?;
+
+    let announce = ShowCommand::Announce { title: "Norma".into(), seats: 9 };
+    let id = Uuid::now_v7(); // from the request, so that a retry schedules nothing twice
+    let scheduled = runtime.execute::<Show>("norma", announce).command_id(id).after(HOUR).await?;
+    writeln!(stdout(), "due at {}", scheduled.due_at)?;
+    runtime.scheduled(id).cancel().await?;
+
+    let sell = ShowCommand::Sell { buyer: "the house".into(), seats: 1 };
+    let nightly = Schedule::cron("30 2 * * *", "Europe/Berlin")?;
+    runtime.execute::<Show>("tosca-extra", sell).repeat("house seat", nightly).await?;
+    let schedule = runtime.schedule("house seat");
+    let command = schedule.trigger().await?; // once, now
+    while runtime.scheduled(command).status().await?.is_some() {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    assert_eq!(schedule.status().await?.map(|status| status.executed), Some(1));
+    runtime.shutdown().await?;
+    Ok(())
+}
+
 pub struct SharedSales;
 
 impl Projection for SharedSales {
@@ -395,6 +424,7 @@ async fn run() -> Result<(), Failure> {
         commands(directory.path()).await?;
         projections(directory.path()).await?;
         processes(directory.path()).await?;
+        schedules(directory.path()).await?;
         writeln!(stdout(), "3 seats were sold, once each")?;
         return Ok(());
     };

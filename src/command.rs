@@ -43,7 +43,7 @@ pub use self::dispatched::{Dispatched, Report};
 pub(crate) use self::dispatcher::Dispatcher;
 pub(crate) use self::envelope::Envelope;
 pub use self::envelope::{ASSIGN_TIMEOUT, RECEIVE_TIMEOUT};
-pub(crate) use self::erased::{ErasedAnswer, ErasedCommand};
+pub(crate) use self::erased::{ATTEMPT_ENDS, ErasedAnswer, ErasedCommand};
 pub use self::execute::Execute;
 pub use self::execute_and_wait::{Applied, ExecuteAndWait, ProjectionLag};
 pub use self::execute_command::{Command, ExecuteCommand};
@@ -54,6 +54,7 @@ pub(crate) use self::local_aggregates::LocalAggregates;
 #[cfg(feature = "nats")]
 pub use self::nats::NatsCommandOptions;
 pub(crate) use self::registry::Registry;
+pub(crate) use self::target::Routed;
 pub use self::target::{Target, ToAggregate, ToHandler};
-pub(crate) use self::wire::Kind;
+pub(crate) use self::wire::{Expected, Kind};
 pub use crate::aggregate::{ExecuteError, NoReplyKind, NotExecutedKind, Receipt};

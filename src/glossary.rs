@@ -85,6 +85,15 @@
 //! - **timer**: A durable wait of an instance, by the clock of the store. When it is due, the
 //!   instance receives an input. In code: [`Next::after`](crate::process::Next::after).
 //!
+//! # Schedules
+//!
+//! - **scheduled command**: A command that the store keeps until it is due. In code:
+//!   [`Execute::after`](crate::command::Execute::after).
+//! - **schedule**: A stored rule that creates commands at regular times. In code:
+//!   [`Schedule`](crate::Schedule).
+//! - **tick**: A time of a schedule, and the command that the schedule creates for it.
+//! - **scheduler**: The part of a node that starts what is due while the node holds its lease.
+//!
 //! # Failures
 //!
 //! - **retry**: Another attempt after a failure that may be temporary.
@@ -95,7 +104,8 @@
 //! - **poison event**: An event that fails again at every attempt.
 //! - **parked**: Set aside by a projection after its retries, so that the next events are applied.
 //!   Stored as a [`ParkedEvent`](crate::store::ParkedEvent) until it is retried or discarded. A
-//!   parked instance of a process records inputs, and reacts to them after a retry.
+//!   parked instance of a process records inputs, and reacts to them after a retry. A parked command
+//!   of the scheduler was rejected or failed.
 //! - **dead letter**: A message that a subscription has given up. It is kept in a stream of its
 //!   own.
 //!

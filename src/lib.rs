@@ -22,7 +22,7 @@
 //! - [`event`]: events and their names; [`codec`]: their encoding, and the upcasting of old
 //!   payloads;
 //! - [`store`]: the port to the log (append, read, high-water mark, checkpoints, leases,
-//!   snapshots, timers), with [`MemoryStore`], [`SqliteStore`] and [`PostgresStore`];
+//!   snapshots, timers, scheduled commands), with [`MemoryStore`], [`SqliteStore`] and [`PostgresStore`];
 //! - [`feed`]: the live tail of the log in a process;
 //! - [`bus`]: the port that carries the log to other processes, with [`NatsBus`]; the [`publisher`]
 //!   publishes the log to it;
@@ -32,6 +32,7 @@
 //! - [`projection`]: catch-up, live events, and a checkpoint that commits together with the read
 //!   model;
 //! - [`process`]: reacts to events, answers and due timers with commands to several aggregates;
+//! - [`schedule`]: commands that run later, once or at regular times;
 //! - [`runtime`]: assembles and supervises these components, and shuts them down in order;
 //! - `telemetry`: their spans and metrics;
 //! - [`testing`](https://docs.rs/storied) (feature `testing`):
@@ -83,6 +84,7 @@ pub mod projection;
 pub mod publisher;
 mod rate_limit;
 pub mod runtime;
+pub mod schedule;
 mod serde_forms;
 mod startup;
 pub mod store;
@@ -120,6 +122,7 @@ pub use self::projection::SqliteReadModel;
 pub use self::projection::{Projection, ProjectionHandle, ProjectionOptions, ProjectionStatus};
 pub use self::publisher::{PublisherOptions, PublisherState, PublisherStatus};
 pub use self::runtime::Runtime;
+pub use self::schedule::Schedule;
 pub use self::store::{
     EventStore, ExpectedVersion, Filter, MemoryStore, ReadLog, SnapshotRevision, StoreError,
 };

@@ -6,6 +6,7 @@ mod error;
 mod inner;
 mod processes;
 mod projections;
+mod schedules;
 mod shutdown;
 mod status;
 #[cfg(feature = "otel")]
@@ -111,6 +112,7 @@ impl Runtime {
             aggregates,
             handlers,
             processes: self.inner.processes.iter().map(|process| process.status()).collect(),
+            scheduler: self.inner.scheduler_status(),
             commands: self.inner.commands.status(),
             bus: self.inner.bus.as_ref().map(|bus| bus.state()),
             publisher: self.inner.publisher_status(),

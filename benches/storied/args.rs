@@ -50,6 +50,8 @@ pub enum Workload {
     Mixed,
     /// Reactions of a process: an event, and a command to another aggregate.
     Reactions,
+    /// Scheduled commands that are due at once.
+    Scheduled,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -91,7 +93,7 @@ pub struct Args {
 }
 
 const USAGE: &str = "usage: cargo bench --bench storied -- \
-[all|codec|commands|hot|append|cpu|creations|mixed|reactions|catchup|rehydrate|publish|acks|latency|live|dispatch|remote|memory|scale]
+[all|codec|commands|hot|append|cpu|creations|mixed|reactions|scheduled|catchup|rehydrate|publish|acks|latency|live|dispatch|remote|memory|scale]
        [--store memory|sqlite|postgres] [--bus local|core|jetstream] [--callers N] [--events N] [--payload BYTES]
        [--runs N] [--json FILE]
    or: cargo bench --bench storied -- growth MILLIONS [--long-lived] [--svg FILE]
@@ -115,6 +117,7 @@ impl Workload {
         Workload::Creations,
         Workload::Mixed,
         Workload::Reactions,
+        Workload::Scheduled,
         Workload::Catchup,
         Workload::Rehydrate,
         Workload::Publish,
@@ -160,6 +163,7 @@ impl Workload {
             Workload::Creations => "creations".into(),
             Workload::Mixed => "mixed".into(),
             Workload::Reactions => "reactions".into(),
+            Workload::Scheduled => "scheduled".into(),
         }
     }
 
@@ -226,7 +230,7 @@ impl Workload {
             (Workload::CpuClient, _) => 100_000,
             (Workload::Creations | Workload::Mixed, _) => 20_000,
             (Workload::Reactions, _) if callers == 1 => 500,
-            (Workload::Reactions, _) => 20_000,
+            (Workload::Reactions | Workload::Scheduled, _) => 20_000,
             (Workload::MemoryIdle, _) => 100_000,
             (Workload::MemoryCatchup, _) => 1_000_000,
             (Workload::Catchup | Workload::Publish, _) => 200_000,

@@ -6,8 +6,8 @@
 //! cargo bench --bench storied -- table FILE.json...
 //! ```
 //!
-//! Workloads: `codec`, `commands`, `hot`, `append`, `cpu`, `creations`, `mixed`, `reactions`, `catchup`, `rehydrate`,
-//! `publish`, `acks`, `latency`, `live`, `dispatch`, `remote`, `memory`, `scale`, or `all` (the default),
+//! Workloads: `codec`, `commands`, `hot`, `append`, `cpu`, `creations`, `mixed`, `reactions`, `scheduled`,
+//! `catchup`, `rehydrate`, `publish`, `acks`, `latency`, `live`, `dispatch`, `remote`, `memory`, `scale`, or `all` (the default),
 //! on every store and every bus that is not excluded. storied and the limit run in turns, `runs` times. The report
 //! has the medians, and their ratio with its spread. The function of a workload describes its limit.
 //! To interpret the numbers: `docs/performance.md`.
@@ -40,6 +40,7 @@ mod memory;
 mod nats;
 mod reactions;
 mod scale;
+mod scheduled;
 mod stores;
 #[path = "../../tests/support/mod.rs"]
 mod support;
@@ -97,6 +98,7 @@ async fn run(plan: &args::Plan) -> Comparison {
         Workload::Creations => workloads::creations(plan).await,
         Workload::Mixed => workloads::mixed(plan).await,
         Workload::Reactions => reactions::reactions(plan).await,
+        Workload::Scheduled => scheduled::scheduled(plan).await,
         Workload::Catchup => workloads::catchup(plan).await,
         Workload::Rehydrate => workloads::rehydrate(plan).await,
         Workload::Publish if plan.bus == BusKind::JetStream => delivery::log_stream(plan).await,

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
+use tokio::sync::Notify;
 use tokio::time::Instant;
 #[cfg(feature = "nats")]
 use uuid::Uuid;
@@ -22,6 +23,7 @@ use super::route::Route;
 use super::wire::{CommandFrame, Failure, Kind, Outcome};
 use crate::future::BoxFuture;
 use crate::projection::ProjectionHandle;
+use crate::store::EventStore;
 #[cfg(feature = "nats")]
 use crate::store::StoreInfo;
 use crate::supervised::Task;
@@ -36,6 +38,10 @@ pub(crate) struct Dispatcher {
     pub(super) metrics: Metrics,
     /// Aggregates and handlers of this node. Set before the runtime has started.
     registry: OnceLock<Arc<Registry>>,
+    /// Store of the scheduled commands.
+    pub(crate) store: Arc<dyn EventStore>,
+    /// Notified when this node has scheduled a command.
+    pub(crate) scheduled: Notify,
     /// Projections of this node, for callers that wait for them.
     pub(super) projections: Vec<ProjectionHandle>,
     /// Set at the start of a shutdown. Only handlers in flight may then send commands.
@@ -53,12 +59,15 @@ impl Dispatcher {
     pub(crate) fn new(
         hooks: CommandHooks,
         metrics: Metrics,
+        store: Arc<dyn EventStore>,
         projections: Vec<ProjectionHandle>,
     ) -> Arc<Self> {
         Arc::new(Self {
             hooks,
             metrics,
             registry: OnceLock::new(),
+            store,
+            scheduled: Notify::new(),
             projections,
             closing: AtomicBool::new(false),
             executor: Task::spawn(std::future::pending()),

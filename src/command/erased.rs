@@ -1,17 +1,25 @@
-//! Commands that are encoded already: their sender does not know their type.
+//! Encoded commands, for senders that do not know their type.
+
+use std::time::Duration;
 
 use uuid::Uuid;
 
 use super::NotExecutedKind;
 use super::dispatcher::Dispatcher;
-use super::envelope::Envelope;
+use super::envelope::{Envelope, RECEIVE_TIMEOUT};
 use super::hooks::CommandInfo;
 use super::route::Route;
-use super::wire::{Code, CommandFrame, Done, FORMAT, Failure, Kind, Outcome};
+use super::wire::{Code, CommandFrame, Done, Expected, FORMAT, Failure, Kind, Outcome};
 use crate::aggregate::{ExecuteError, NeverRejects};
 use crate::event::Metadata;
 
+/// Time after which an attempt at a command has ended: no node decides on it after its deadline.
+///
+/// The part above the deadline covers the transit of a message.
+pub(crate) const ATTEMPT_ENDS: Duration = RECEIVE_TIMEOUT.saturating_add(Duration::from_secs(2));
+
 /// A command with its target, encoded.
+#[derive(Debug, Clone)]
 pub(crate) struct ErasedCommand {
     pub(crate) id: Uuid,
     pub(crate) kind: Kind,
@@ -21,6 +29,7 @@ pub(crate) struct ErasedCommand {
     pub(crate) key: Option<String>,
     pub(crate) payload: Vec<u8>,
     pub(crate) metadata: Metadata,
+    pub(crate) expected: Expected,
 }
 
 /// The end of an encoded command.
@@ -48,7 +57,7 @@ impl Dispatcher {
     }
 
     async fn run_erased(&self, command: ErasedCommand) -> Outcome {
-        let ErasedCommand { id, kind, name, key, payload, metadata } = command;
+        let ErasedCommand { id, kind, name, key, payload, metadata, expected } = command;
         let envelope = Envelope::of(id, metadata);
         let info = CommandInfo { name: &name, key: key.as_deref(), id, metadata: &envelope.metadata };
         let endpoint = self.registry().endpoint(kind, &name);
@@ -78,7 +87,7 @@ impl Dispatcher {
             key,
             payload,
             metadata: encoded.into(),
-            expected: super::wire::Expected::Any,
+            expected,
             left: deadline.left_millis(),
             sent: None,
             attempt: 1,

@@ -7,9 +7,11 @@ use std::time::Duration;
 use tokio::time::Instant;
 use uuid::Uuid;
 
+use super::bus::CommandBusStatus;
 use super::dispatched::Watched;
 use super::dispatcher::Dispatcher;
 use super::envelope::Envelope;
+use super::erased::ErasedCommand;
 use super::handler::{YieldSlot, yield_slot_while};
 use super::route::Route;
 use super::target::{Answer, Routed, RoutedCommand, Target, ToAggregate};
@@ -128,6 +130,25 @@ impl<T: Routed> Execute<T> {
     pub async fn dispatch(mut self) -> Result<Pending<T>, ExecuteError<T::Error>> {
         let slot = self.slot.take();
         Ok(yield_slot_while(slot.clone(), self.hand_over(true)).await?.within(slot))
+    }
+
+    pub(crate) fn envelope(&self) -> &Envelope {
+        &self.envelope
+    }
+
+    /// Checks and encodes the command, for an execution without this caller.
+    pub(crate) fn erase(mut self) -> Result<(Arc<Dispatcher>, ErasedCommand), NotExecutedKind> {
+        let key = T::key(self.id.take(), &self.command)?;
+        T::address(key.as_deref())?;
+        let Self { commands, command, envelope, expected, .. } = self;
+        let here = commands.registry().router::<T>().is_some();
+        if !here && matches!(commands.status(), CommandBusStatus::Local) {
+            return Err(NotExecutedKind::NoHandler { name: T::NAME, retryable: false });
+        }
+        let Envelope { id, metadata, .. } = envelope;
+        let payload = to_cbor(&command).map_err(|error| NotExecutedKind::Encode(error.into()))?;
+        let (kind, name, expected) = (T::KIND, T::NAME.to_owned(), expected.into());
+        Ok((commands, ErasedCommand { id, kind, name, key, payload, metadata, expected }))
     }
 
     async fn hand_over(mut self, prompt: bool) -> Result<Pending<T>, ExecuteError<T::Error>> {

@@ -18,7 +18,7 @@ use super::timer_writer::TimerWriter;
 use super::unresolved::UnresolvedAttempts;
 use super::work::{Work, WorkError};
 use crate::aggregate::{ExecuteError, NotExecutedKind, Receipt};
-use crate::command::{Dispatcher, ErasedAnswer, ErasedCommand, LocalAggregates};
+use crate::command::{Dispatcher, ErasedAnswer, ErasedCommand, Expected, LocalAggregates};
 use crate::event::Metadata;
 use crate::lease::CurrentTerm;
 use crate::outage::is_outage;
@@ -138,6 +138,7 @@ impl<P: Process> Drivers<P> {
             key: command.target,
             payload: command.payload,
             metadata: effect.trail.command_metadata(effect.cause),
+            expected: Expected::Any,
         };
         let attempt = self.unresolved.begin(effect.id);
         let answer = commands.execute_erased(command).await;

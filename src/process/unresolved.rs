@@ -6,17 +6,11 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
 
 use tokio::time::Instant;
 use uuid::Uuid;
 
-use crate::command::RECEIVE_TIMEOUT;
-
-/// Time after which an attempt has ended: no node decides on it after its deadline.
-///
-/// The part above the deadline covers the transit of a message.
-pub(super) const ATTEMPT_ENDS: Duration = RECEIVE_TIMEOUT.saturating_add(Duration::from_secs(2));
+use crate::command::ATTEMPT_ENDS;
 
 /// The times of the last attempts without a known end, by command.
 ///

@@ -12,6 +12,7 @@ use super::error::StartError;
 use super::inner::Inner;
 use super::processes::{ProcessRegistration, record_starts, start_processes};
 use super::projections::{ProjectionRegistration, start_projections};
+use super::schedules::start_scheduler;
 #[cfg(feature = "otel")]
 use super::status_metrics;
 use crate::aggregate::{Aggregate, AggregateOptions};
@@ -211,6 +212,7 @@ impl Builder {
                 Some(Publisher::spawn(store, feed, bus, self.publisher, node, metrics, root).await?)
             }
         };
+        let executes = !self.aggregates.is_empty() || !self.handlers.is_empty();
         let node_services = NodeServices {
             store: store.clone(),
             feed: feed.clone(),
@@ -226,7 +228,7 @@ impl Builder {
         let writer = GroupCommitter::start(store.clone(), metrics.clone());
         let forgetting = (!self.handlers.is_empty())
             .then(|| Task::spawn(forgetting(store.clone(), self.commands.retention())));
-        let commands = Dispatcher::new(self.commands.hooks(), metrics, handles.clone());
+        let commands = Dispatcher::new(self.commands.hooks(), metrics, store.clone(), handles.clone());
         let mut registry = Registry::default();
         let services = TargetServices {
             store: store.clone(),
@@ -241,6 +243,10 @@ impl Builder {
         #[cfg(feature = "nats")]
         commands.connect(self.commands, store.info(), node).await;
         // Last, because they send commands to other nodes.
+        let scheduler = match executes {
+            true => Some(start_scheduler(&node_services, &services).await?),
+            false => None,
+        };
         let processes = start_processes(self.processes, node_services, &services).await?;
         let inner = Inner {
             node,
@@ -252,6 +258,7 @@ impl Builder {
             projections: handles,
             processes,
             commands,
+            scheduler,
             _forgetting: forgetting,
             supervisor,
         };

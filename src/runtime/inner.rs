@@ -10,6 +10,7 @@ use crate::feed::Feed;
 use crate::process::RunningProcess;
 use crate::projection::ProjectionHandle;
 use crate::publisher::{Publisher, PublisherState, PublisherStatus};
+use crate::schedule::{Scheduler, SchedulerState, SchedulerStatus};
 use crate::store::{EventStore, GroupCommitter};
 use crate::supervised::{Supervisor, Task};
 
@@ -27,6 +28,8 @@ pub(super) struct Inner {
     /// Processes, in the order of their registration.
     pub(super) processes: Vec<Arc<dyn RunningProcess>>,
     pub(super) commands: Arc<Dispatcher>,
+    /// Scheduler; `None` if this node executes no commands.
+    pub(super) scheduler: Option<Scheduler>,
     /// Task that deletes expired records of commands; ends with the runtime.
     pub(super) _forgetting: Option<Task>,
     /// Root of the supervision tree; stopping it stops everything.
@@ -39,5 +42,10 @@ impl Inner {
             Some(publisher) => publisher.status().borrow().clone(),
             None => PublisherStatus::new(None, PublisherState::Idle),
         }
+    }
+
+    pub(super) fn scheduler_status(&self) -> SchedulerStatus {
+        let idle = || SchedulerStatus::new(SchedulerState::Idle);
+        self.scheduler.as_ref().map_or_else(idle, Scheduler::status)
     }
 }

@@ -1,4 +1,5 @@
-//! Shuts a node down in order: commands, publisher, projections, feed, supervisor.
+//! Shuts a node down in order: scheduler and processes, commands, publisher, projections, feed,
+//! supervisor.
 
 use std::time::Duration;
 
@@ -52,10 +53,17 @@ impl Runtime {
         let until = |deadline: Instant| deadline.saturating_duration_since(Instant::now());
         let mut unfinished = Vec::new();
         // First, because the reactions in progress send commands.
-        let processes = self.inner.processes.iter().map(|process| process.stop(deadline - 3 * reserve));
-        for ended in futures_util::future::join_all(processes).await {
-            unfinished.extend(ended);
-        }
+        let first = deadline - 3 * reserve;
+        let processes = self.inner.processes.iter().map(|process| process.stop(first));
+        let scheduler = async {
+            match &self.inner.scheduler {
+                Some(scheduler) => scheduler.stop(until(first)).await,
+                None => Ok(()),
+            }
+        };
+        let (processes, scheduler) = tokio::join!(futures_util::future::join_all(processes), scheduler);
+        unfinished.extend(processes.into_iter().flatten());
+        unfinished.extend(scheduler.err().map(|error| error.to_string()));
         let commands = self.inner.commands.shut_down(deadline - 2 * reserve).await;
         if commands > 0 {
             unfinished.push(format!("{commands} commands without an answer"));

@@ -13,6 +13,7 @@ use crate::feed::FeedStatus;
 use crate::process::ProcessStatus;
 use crate::projection::ProjectionStatus;
 use crate::publisher::PublisherStatus;
+use crate::schedule::SchedulerStatus;
 use crate::store::{HighWaterStall, LeaseInfo, StoreError, StoreInfo, WriterStatus};
 
 /// The status of a node.
@@ -42,6 +43,8 @@ pub struct RuntimeStatus {
     ///
     /// The progress of a process in the log is that of the projection `process NAME`.
     pub processes: Vec<ProcessStatus>,
+    /// The scheduler of commands and recurring schedules.
+    pub scheduler: SchedulerStatus,
     /// The connection to the other nodes, for commands.
     pub commands: CommandBusStatus,
     /// The connection to the bus; `None` without a bus.

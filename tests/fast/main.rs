@@ -19,6 +19,8 @@ mod process_faults;
 mod projection;
 mod retail_domain;
 mod runtime;
+mod schedule;
+mod schedule_faults;
 mod store;
 
 #[path = "../support/mod.rs"]

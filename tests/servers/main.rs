@@ -20,6 +20,7 @@ mod postgres;
 mod private_servers;
 mod process;
 mod projection;
+mod schedule;
 
 #[path = "../support/mod.rs"]
 mod support;

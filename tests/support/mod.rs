@@ -36,6 +36,7 @@ mod pgbouncer;
 mod ports;
 mod postgres;
 mod process;
+pub mod reminders;
 mod subscriber;
 mod test_process;
 pub mod unstorable;

@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use storied::StoreError;
 use storied::bus::BusError;
 use storied::process::RequestError;
+use storied::schedule::ScheduleError;
 
 use crate::redact;
 use crate::terminal;
@@ -108,6 +109,15 @@ impl From<RequestError> for Failure {
     fn from(error: RequestError) -> Self {
         match error {
             RequestError::Store(error) => error.into(),
+            other => Self::Refused(redact::error(&other)),
+        }
+    }
+}
+
+impl From<ScheduleError> for Failure {
+    fn from(error: ScheduleError) -> Self {
+        match error {
+            ScheduleError::Store(error) => error.into(),
             other => Self::Refused(redact::error(&other)),
         }
     }

@@ -20,6 +20,8 @@ mod process;
 mod projection;
 mod publisher;
 mod redact;
+mod schedule;
+mod scheduled;
 mod status;
 mod store;
 mod stream;
@@ -86,6 +88,12 @@ enum Command {
     /// Lists the timers of processes
     #[command(subcommand)]
     Timer(timer::Command),
+    /// Lists and operates recurring schedules
+    #[command(subcommand)]
+    Schedule(schedule::Command),
+    /// Lists, cancels and retries scheduled commands
+    #[command(subcommand)]
+    Scheduled(scheduled::Command),
     /// Shows the status of the publisher
     #[command(subcommand)]
     Publisher(publisher::Command),
@@ -174,6 +182,8 @@ fn run(cli: Cli) -> Result<(), Failure> {
             Command::Parked(command) => parked::run(command, database, &mut out).await,
             Command::Process(command) => process::run(command, database, &mut out).await,
             Command::Timer(command) => timer::run(command, database, &mut out).await,
+            Command::Schedule(command) => schedule::run(command, database, &mut out).await,
+            Command::Scheduled(command) => scheduled::run(command, database, &mut out).await,
             Command::Publisher(command) => publisher::run(command, database, &mut out).await,
             Command::Store(command) => store::run(command, database, &mut out).await,
             Command::Nats(command) => nats::run(command, database, &mut out).await,

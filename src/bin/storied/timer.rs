@@ -102,7 +102,7 @@ pub(crate) fn due(at: DateTime<Utc>) -> String {
 }
 
 /// Formats the time that is left until a due time, in its largest unit.
-fn left(time: TimeDelta) -> String {
+pub(crate) fn left(time: TimeDelta) -> String {
     let seconds = time.num_seconds();
     match seconds {
         ..=0 => "due".to_owned(),
@@ -114,7 +114,7 @@ fn left(time: TimeDelta) -> String {
 }
 
 /// Parses a time like `2h`.
-fn time(text: &str) -> Result<Duration, String> {
+pub(crate) fn time(text: &str) -> Result<Duration, String> {
     let (number, unit) = text.split_at(text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len()));
     let unit = match unit {
         "s" => Some(1),

@@ -1,0 +1,41 @@
+//! The runtime's part of scheduled commands and recurring schedules.
+
+use ractor::SpawnErr;
+use uuid::Uuid;
+
+use super::Runtime;
+use super::commands::TargetServices;
+use crate::projection::NodeServices;
+use crate::schedule::{ScheduleHandle, ScheduledHandle, Scheduler, SchedulerServices};
+
+/// Starts the scheduler of a node that executes commands.
+pub(super) async fn start_scheduler(
+    node: &NodeServices,
+    targets: &TargetServices,
+) -> Result<Scheduler, SpawnErr> {
+    let services = SchedulerServices {
+        store: node.store.clone(),
+        commands: targets.commands.clone(),
+        lease_watcher: node.lease_watcher.clone(),
+        metrics: node.metrics.clone(),
+        node: node.node,
+    };
+    Scheduler::spawn(services, targets.supervisor.clone()).await
+}
+
+impl Runtime {
+    /// Returns the handle of a scheduled command: its status, its cancellation, its retry.
+    ///
+    /// [`Execute::after`](crate::command::Execute::after) and
+    /// [`Execute::at`](crate::command::Execute::at) schedule a command.
+    pub fn scheduled(&self, command_id: Uuid) -> ScheduledHandle {
+        ScheduledHandle::new(self.inner.store.clone(), command_id)
+    }
+
+    /// Returns the handle of a recurring schedule: its status, its pause, its end.
+    ///
+    /// [`Execute::repeat`](crate::command::Execute::repeat) stores a schedule.
+    pub fn schedule(&self, name: impl Into<String>) -> ScheduleHandle {
+        ScheduleHandle::new(self.inner.store.clone(), name)
+    }
+}

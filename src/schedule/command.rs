@@ -1,0 +1,98 @@
+//! A command as the store keeps it until it is due.
+
+use chrono::{DateTime, Utc};
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use crate::codec::{byte_string, from_cbor, to_cbor};
+use crate::command::{ErasedCommand, Expected, Kind};
+use crate::event::{EncodeError, Metadata};
+use crate::store::{NewScheduledCommand, TimerDue};
+
+/// Version number of this format.
+const FORMAT: u32 = 1;
+
+/// A command with its target, encoded. Golden file: `tests/fast/golden/scheduled_command.hex`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct StoredCommand {
+    format: u32,
+    kind: Kind,
+    /// Category of the aggregate, or name of the handler.
+    name: String,
+    /// Id of the aggregate, or key from the handler.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    key: Option<String>,
+    #[serde(with = "byte_string")]
+    payload: Vec<u8>,
+    #[serde(with = "byte_string")]
+    metadata: Vec<u8>,
+    #[serde(default)]
+    expected: Expected,
+    /// Requested time, if the command has a time of its own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    due: Option<Requested>,
+}
+
+/// The time that the caller has requested.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum Requested {
+    /// Microseconds after the request.
+    After(u64),
+    At(DateTime<Utc>),
+}
+
+impl StoredCommand {
+    pub(super) fn of(command: &ErasedCommand, due: Option<Requested>) -> Result<Self, EncodeError> {
+        let ErasedCommand { kind, name, key, payload, metadata, expected, .. } = command;
+        Ok(Self {
+            format: FORMAT,
+            kind: *kind,
+            name: name.clone(),
+            key: key.clone(),
+            payload: payload.clone(),
+            metadata: metadata.encode()?.into(),
+            expected: *expected,
+            due,
+        })
+    }
+
+    pub(super) fn decode(bytes: &[u8]) -> Result<Self, String> {
+        let command: Self = from_cbor(bytes)?;
+        match command.format {
+            FORMAT => Ok(command),
+            other => Err(format!("unknown format {other} (expected {FORMAT}); update this node")),
+        }
+    }
+
+    /// Returns the command for its execution under an id.
+    pub(super) fn command(self, id: Uuid) -> Result<ErasedCommand, String> {
+        let Self { kind, name, key, payload, metadata, expected, .. } = self;
+        Ok(ErasedCommand { id, kind, name, key, payload, metadata: Metadata::decode(&metadata)?, expected })
+    }
+
+    /// Returns the target in clear: `category/id`, or the name of the handler.
+    pub(super) fn target(&self) -> String {
+        match (self.kind, &self.key) {
+            (Kind::Aggregate, Some(id)) => format!("{}/{id}", self.name),
+            _ => self.name.clone(),
+        }
+    }
+
+    /// Returns whether both are the same request. A retry may have other metadata.
+    pub(super) fn is_same_request(&self, other: &Self) -> bool {
+        let without_metadata = |command: &Self| Self { metadata: Vec::new(), ..command.clone() };
+        without_metadata(self) == without_metadata(other)
+    }
+
+    /// Returns the command as the store writes it.
+    pub(super) fn to_store(
+        &self,
+        id: Uuid,
+        due: TimerDue,
+        schedule: Option<&str>,
+    ) -> Result<NewScheduledCommand, EncodeError> {
+        let (target, schedule) = (self.target(), schedule.map(str::to_owned));
+        Ok(NewScheduledCommand { id, target, body: to_cbor(self)?, due, schedule })
+    }
+}

@@ -1,0 +1,99 @@
+//! Errors of scheduled commands and recurring schedules.
+
+use chrono::{DateTime, Utc};
+use uuid::Uuid;
+
+use crate::command::NotExecutedKind;
+use crate::event::EncodeError;
+use crate::invalid_option::InvalidOption;
+use crate::store::StoreError;
+
+/// A cron line, time zone or interval that makes no schedule.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum InvalidSchedule {
+    /// The cron line is invalid.
+    #[error("invalid cron line {line:?}: {reason}")]
+    Cron {
+        /// The line.
+        line: String,
+        /// The cause.
+        reason: String,
+    },
+    /// The cron line matches no time.
+    #[error("invalid cron line {line:?}: it matches no time; check day and month")]
+    Never {
+        /// The line.
+        line: String,
+    },
+    /// The time zone is not in the IANA database of this program.
+    #[error("unknown time zone {name:?}; use a name of the IANA database, for example Europe/Berlin")]
+    TimeZone {
+        /// The name.
+        name: String,
+    },
+    /// The interval or an option is out of its range.
+    #[error(transparent)]
+    Option(#[from] InvalidOption),
+}
+
+/// A command or schedule that was not stored, read or changed.
+#[derive(Debug, Clone, thiserror::Error)]
+#[non_exhaustive]
+pub enum ScheduleError {
+    /// The command cannot be executed: its id is invalid, or no node handles it.
+    #[error("scheduling command {id} failed: {kind}")]
+    NotExecutable {
+        /// Id of the command.
+        id: Uuid,
+        /// The cause.
+        kind: NotExecutedKind,
+    },
+    /// A different command, or the same one with another time, is scheduled under this id.
+    #[error(
+        "scheduling command {id} failed: another request with this id is due at {due_at}; use a new id, or cancel the other one"
+    )]
+    SameId {
+        /// Id of both commands.
+        id: Uuid,
+        /// Due time of the stored command.
+        due_at: DateTime<Utc>,
+    },
+    /// An option of the schedule is invalid.
+    #[error(transparent)]
+    Invalid(#[from] InvalidSchedule),
+    /// No schedule has this name.
+    #[error("unknown schedule {name:?}; list the names with `storied schedule list`")]
+    UnknownSchedule {
+        /// The name.
+        name: String,
+    },
+    /// Others changed the schedule at the same time, again and again. Retryable.
+    #[error("changing schedule {name:?} failed: others change it at the same time; retry")]
+    Busy {
+        /// Name of the schedule.
+        name: String,
+    },
+    /// A backfill contains too many ticks.
+    #[error("the backfill of schedule {name:?} has more than {limit} ticks; divide the time")]
+    TooManyTicks {
+        /// Name of the schedule.
+        name: String,
+        /// Maximum number of ticks.
+        limit: usize,
+    },
+    /// The stored definition does not decode, for example because a newer version wrote it.
+    #[error("schedule {name:?} does not decode: {reason}")]
+    Undecodable {
+        /// Name of the schedule.
+        name: String,
+        /// The cause.
+        reason: String,
+    },
+    /// The command or definition cannot be stored.
+    #[error(transparent)]
+    Encode(#[from] EncodeError),
+    /// The store failed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}

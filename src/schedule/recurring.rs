@@ -1,0 +1,208 @@
+//! A recurring schedule as callers see it.
+
+use std::fmt;
+use std::ops::RangeInclusive;
+use std::sync::Arc;
+use std::time::Duration;
+
+use chrono::{DateTime, Utc};
+use serde::Serialize;
+use uuid::Uuid;
+
+use super::change::{ATTEMPTS, change, store_time};
+use super::definition::{Definition, trigger_id};
+use super::error::ScheduleError;
+use super::ticks::{backfill, miss};
+use super::timing::Overlap;
+use crate::store::{EventStore, StoredSchedule, TimerDue};
+
+/// A recurring schedule, on any node. Cheap to clone.
+///
+/// [`Runtime::schedule`](crate::Runtime::schedule) creates it. It uses the store, and needs no node
+/// that executes the commands. A change is durable when its call returns.
+#[derive(Clone)]
+pub struct ScheduleHandle {
+    store: Arc<dyn EventStore>,
+    name: String,
+}
+
+/// Status of a recurring schedule. Serializes as a map of its fields.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
+pub struct ScheduleStatus {
+    /// Name of the schedule.
+    pub name: String,
+    /// Timing: the cron line with its time zone, or the interval.
+    pub timing: String,
+    /// Target of the commands: `category/id`, or the name of a handler.
+    pub target: String,
+    /// What happens if the command of an earlier tick has no answer yet.
+    pub overlap: Overlap,
+    /// How late a tick may run.
+    #[serde(rename = "catch_up_seconds", serialize_with = "crate::serde_forms::seconds")]
+    pub catch_up: Duration,
+    /// Whether it is paused.
+    pub paused: bool,
+    /// Time of the next tick; `None` while it is paused.
+    pub next_at: Option<DateTime<Utc>>,
+    /// Time of the last tick that has become a command.
+    pub last_at: Option<DateTime<Utc>>,
+    /// Number of ticks that have become commands, triggers and backfills included.
+    pub executed: u64,
+    /// Number of ticks that came too late, or before a newer one after an outage.
+    pub missed: u64,
+    /// Number of ticks that came before the end of an earlier one.
+    pub skipped: u64,
+}
+
+impl ScheduleStatus {
+    /// Reads the status of a stored schedule.
+    ///
+    /// # Errors
+    /// If its definition does not decode.
+    pub fn of(stored: &StoredSchedule) -> Result<Self, ScheduleError> {
+        let definition = Definition::decode(stored)?;
+        let (timing, target, catch_up) =
+            (definition.timing.text(), definition.command.target(), definition.catch_up());
+        let Definition { overlap, paused, last_at, executed, missed, skipped, .. } = definition;
+        let (name, next_at) = (stored.name.clone(), stored.next_at);
+        Ok(Self {
+            name,
+            timing,
+            target,
+            overlap,
+            catch_up,
+            paused,
+            next_at,
+            last_at,
+            executed,
+            missed,
+            skipped,
+        })
+    }
+}
+
+impl ScheduleHandle {
+    /// Returns the handle of a schedule in a store, for tools that have no runtime.
+    pub fn new(store: Arc<dyn EventStore>, name: impl Into<String>) -> Self {
+        Self { store, name: name.into() }
+    }
+
+    /// Returns the name of the schedule.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Reads the status; `None` if there is no such schedule.
+    ///
+    /// # Errors
+    /// If the store failed, the name is invalid, or the definition does not decode.
+    pub async fn status(&self) -> Result<Option<ScheduleStatus>, ScheduleError> {
+        let stored = self.store.schedule(&self.name).await?;
+        stored.as_ref().map(ScheduleStatus::of).transpose()
+    }
+
+    /// Pauses the schedule. It has no ticks until [`resume`](Self::resume).
+    ///
+    /// Its commands that are stored already are executed. Ticks that are due and have not run count as
+    /// missed. A paused schedule stays as it is.
+    ///
+    /// # Errors
+    /// If the schedule does not exist or the store failed.
+    pub async fn pause(&self) -> Result<(), ScheduleError> {
+        let now = store_time(&*self.store).await?;
+        self.change(|definition| {
+            if definition.paused {
+                return Ok(false);
+            }
+            definition.paused = true;
+            miss(definition, now).map(|()| true)
+        })
+        .await
+    }
+
+    /// Resumes the schedule with its next tick from now on.
+    ///
+    /// Ticks during the pause do not run, and do not count as missed. A schedule that is not paused
+    /// stays as it is.
+    ///
+    /// # Errors
+    /// If the schedule does not exist or the store failed.
+    pub async fn resume(&self) -> Result<(), ScheduleError> {
+        let now = store_time(&*self.store).await?;
+        self.change(|definition| {
+            let paused = std::mem::replace(&mut definition.paused, false);
+            if paused {
+                definition.done_to = now;
+            }
+            Ok(paused)
+        })
+        .await
+    }
+
+    async fn change(
+        &self,
+        mut edit: impl FnMut(&mut Definition) -> Result<bool, ScheduleError>,
+    ) -> Result<(), ScheduleError> {
+        change(&*self.store, &self.name, |definition, _| Ok(edit(definition)?.then(Vec::new))).await
+    }
+
+    /// Executes the command once, now, also while the schedule is paused. Returns the command's id.
+    ///
+    /// # Errors
+    /// If the schedule does not exist or the store failed. If the outcome is unknown, the command may
+    /// be stored.
+    pub async fn trigger(&self) -> Result<Uuid, ScheduleError> {
+        let mut id = Uuid::nil();
+        change(&*self.store, &self.name, |definition, revision| {
+            id = trigger_id(&self.name, revision);
+            definition.executed += 1;
+            let due = TimerDue::After(Duration::ZERO);
+            Ok(Some(vec![definition.command.to_store(id, due, Some(&self.name))?]))
+        })
+        .await?;
+        Ok(id)
+    }
+
+    /// Executes the command for each tick in a time range, at most 1,000.
+    ///
+    /// Ticks that have run already keep their command ids, so they take no second effect.
+    /// Returns the number of ticks.
+    ///
+    /// # Errors
+    /// If the schedule does not exist, the range has too many ticks, or the store failed. The call
+    /// may be repeated.
+    pub async fn backfill(&self, range: RangeInclusive<DateTime<Utc>>) -> Result<usize, ScheduleError> {
+        // The first tick may be at the start of the range.
+        let tiny = chrono::TimeDelta::microseconds(1);
+        let before = range.start().checked_sub_signed(tiny).unwrap_or(*range.start());
+        let mut count = 0;
+        change(&*self.store, &self.name, |definition, _| {
+            let commands = backfill(definition, &self.name, before, *range.end())?;
+            count = commands.len();
+            Ok(Some(commands).filter(|commands| !commands.is_empty()))
+        })
+        .await?;
+        Ok(count)
+    }
+
+    /// Removes the schedule with its waiting commands. Returns whether it existed.
+    ///
+    /// # Errors
+    /// If the store failed. The call may be repeated.
+    pub async fn remove(&self) -> Result<bool, ScheduleError> {
+        for _ in 0..ATTEMPTS {
+            let Some(stored) = self.store.schedule(&self.name).await? else { return Ok(false) };
+            if self.store.remove_schedule(&self.name, stored.revision).await? {
+                return Ok(true);
+            }
+        }
+        Err(ScheduleError::Busy { name: self.name.clone() })
+    }
+}
+
+impl fmt::Debug for ScheduleHandle {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ScheduleHandle").field("name", &self.name).finish_non_exhaustive()
+    }
+}

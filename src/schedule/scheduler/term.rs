@@ -1,0 +1,311 @@
+//! The term of a scheduler: starts what is due while this node holds the lease.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::watch;
+use tokio::task::{JoinError, JoinSet};
+use tokio::time::{Instant, sleep_until};
+use uuid::Uuid;
+
+use super::super::definition::Definition;
+use super::super::execution::{ExecutionEnd, Executor};
+use super::super::status::SchedulerState;
+use super::super::ticks::tick;
+use super::super::timing::Overlap;
+use super::shared::Shared;
+use crate::backoff::Backoff;
+use crate::command::ATTEMPT_ENDS;
+use crate::lease::{CurrentTerm, HeldLease};
+use crate::rate_limit::LogLimit;
+use crate::store::{
+    CommandEnd, EventStore, ScheduledCommand, ScheduledQuery, ScheduledState, StoreError, StoredSchedule,
+};
+use crate::supervised::Inbox;
+
+/// Longest interval between two reads of what is due: another node may have scheduled something.
+const POLL: Duration = Duration::from_millis(500);
+
+/// Maximum number of commands that a call starts or reads, and of schedules.
+const PAGE: usize = 500;
+const SCHEDULES: usize = 100;
+
+/// Maximum number of started commands in memory, and of the bytes of their bodies.
+const HELD: usize = 4_096;
+const HELD_BYTES: usize = 64 << 20;
+
+/// The term of a scheduler.
+pub(super) struct SchedulerTerm<'a> {
+    shared: &'a Shared,
+    executor: Arc<Executor>,
+    term: CurrentTerm,
+    /// Time from which no earlier owner's attempts can take effect any more.
+    alone_at: Instant,
+    running: JoinSet<(Uuid, ExecutionEnd)>,
+    /// Sizes of the started commands in memory, by id, until their ends are stored.
+    held: HashMap<Uuid, usize>,
+    held_bytes: usize,
+    /// Ends that are still to be stored.
+    ends: Vec<CommandEnd>,
+    /// Where the search for started commands continues; `None` after its end.
+    search: Option<Search>,
+    /// Time of the next look for due commands, and for due schedules.
+    commands_at: Instant,
+    schedules_at: Instant,
+    stop: watch::Sender<bool>,
+    undecodable: LogLimit,
+}
+
+/// The search for commands that an earlier owner, or a failed call, has started.
+#[derive(Default)]
+struct Search {
+    after: Option<ScheduledCommand>,
+}
+
+impl<'a> SchedulerTerm<'a> {
+    pub(super) fn new(shared: &'a Shared, lease: &HeldLease) -> Self {
+        let (now, term) = (Instant::now(), CurrentTerm::default());
+        term.set(lease.term());
+        Self {
+            shared,
+            executor: Arc::new(Executor::new(shared.services.commands.clone(), term.clone())),
+            term,
+            alone_at: now + ATTEMPT_ENDS,
+            running: JoinSet::new(),
+            held: HashMap::new(),
+            held_bytes: 0,
+            ends: Vec::new(),
+            search: Some(Search::default()),
+            commands_at: now,
+            schedules_at: now,
+            stop: watch::Sender::new(false),
+            undecodable: LogLimit::each_minute(),
+        }
+    }
+
+    /// Starts what is due, until the lease is lost or the node stops.
+    ///
+    /// After a loss, the next owner sends the commands in flight again.
+    pub(super) async fn run(mut self, lease: &mut HeldLease, inbox: &mut Inbox<()>) {
+        let mut backoff = Backoff::new(Duration::from_millis(50), Duration::from_secs(5));
+        loop {
+            let step = self.step().await;
+            let failed = step.is_err();
+            let wait_until = match step {
+                Ok(()) => {
+                    backoff.succeeded();
+                    self.shared.set(SchedulerState::Running);
+                    self.commands_at.min(self.schedules_at)
+                }
+                Err(error) => {
+                    let wait = backoff.next();
+                    tracing::warn!(%error, ?wait, "retrying the scheduler");
+                    self.shared.failed(error.to_string());
+                    Instant::now() + wait
+                }
+            };
+            let commands = self.shared.services.commands.upgrade();
+            let scheduled = async {
+                match &commands {
+                    Some(commands) => commands.scheduled.notified().await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                () = lease.lost() => break,
+                () = inbox.stopping() => return self.finish().await,
+                Some(ended) = self.running.join_next(), if !failed => self.ended(ended),
+                () = scheduled, if !failed => (self.commands_at, self.schedules_at) = (Instant::now(), Instant::now()),
+                () = sleep_until(wait_until) => {}
+            }
+            while let Some(ended) = self.running.try_join_next() {
+                self.ended(ended);
+            }
+        }
+        self.shared.status.send_modify(|status| status.started = 0);
+    }
+
+    async fn step(&mut self) -> Result<(), StoreError> {
+        self.store_ends().await?;
+        // Compares clocks of this process only, so it is right also after a pause.
+        if self.term.held_since().is_none() {
+            (self.commands_at, self.schedules_at) = (Instant::now() + POLL, Instant::now() + POLL);
+            return Ok(());
+        }
+        self.search().await?;
+        self.tick().await?;
+        self.start().await?;
+        self.shared.status.send_if_modified(|status| {
+            let changed = status.started != self.held.len();
+            status.started = self.held.len();
+            changed
+        });
+        Ok(())
+    }
+
+    /// Records the end of an execution.
+    fn ended(&mut self, ended: Result<(Uuid, ExecutionEnd), JoinError>) {
+        let (id, parked) = match ended {
+            Ok((id, ExecutionEnd::Executed)) => (id, None),
+            Ok((id, ExecutionEnd::Parked(reason))) => (id, Some(reason)),
+            // The search finds it by its state, in this term or in the next one.
+            Ok((id, ExecutionEnd::Left)) => {
+                self.forget(id);
+                self.search = Some(Search::default());
+                return;
+            }
+            Err(error) => return tracing::error!(%error, "the execution of a scheduled command panicked"),
+        };
+        self.shared.status.send_modify(|status| match &parked {
+            None => status.executed += 1,
+            Some(reason) => {
+                status.parked += 1;
+                tracing::warn!(command = %id, reason, "parked a scheduled command");
+            }
+        });
+        self.ends.push(CommandEnd { id, parked });
+    }
+
+    async fn store_ends(&mut self) -> Result<(), StoreError> {
+        while !self.ends.is_empty() {
+            let count = self.ends.len().min(PAGE);
+            self.shared.services.store.end_commands(self.ends[..count].to_vec()).await?;
+            for end in self.ends.drain(..count).collect::<Vec<_>>() {
+                self.forget(end.id);
+            }
+        }
+        Ok(())
+    }
+
+    fn forget(&mut self, id: Uuid) {
+        self.held_bytes -= self.held.remove(&id).unwrap_or(0);
+    }
+
+    fn is_full(&self) -> bool {
+        self.held.len() + PAGE > HELD || self.held_bytes > HELD_BYTES
+    }
+
+    /// Continues the commands that an earlier owner, or a failed call, has started.
+    async fn search(&mut self) -> Result<(), StoreError> {
+        let query = ScheduledQuery { state: Some(ScheduledState::Started), schedule: None };
+        while let Some(search) = &self.search
+            && !self.is_full()
+        {
+            let store = self.shared.services.store.clone();
+            let page = store.scheduled_commands(&query, search.after.as_ref(), PAGE).await?;
+            self.search = page.last().map(|last| Search { after: Some(last.clone()) });
+            for command in page {
+                self.execute(command, self.alone_at);
+            }
+        }
+        Ok(())
+    }
+
+    /// Creates the commands of due ticks.
+    async fn tick(&mut self) -> Result<(), StoreError> {
+        if Instant::now() < self.schedules_at {
+            return Ok(());
+        }
+        let store = self.shared.services.store.clone();
+        let due = store.due_schedules(SCHEDULES).await?;
+        let mut ticked = false;
+        for schedule in &due.schedules {
+            match tick_schedule(&*store, schedule, due.now).await? {
+                Ok(ticks) => {
+                    ticked = true;
+                    self.shared.status.send_modify(|status| status.ticks += ticks);
+                }
+                Err(reason) if self.undecodable.add(1).is_some() => {
+                    tracing::error!(schedule = schedule.name, reason, "a schedule has no ticks");
+                }
+                Err(_) => {}
+            }
+        }
+        let now = Instant::now();
+        self.schedules_at = if ticked { now } else { now + due.next_in.unwrap_or(POLL).min(POLL) };
+        if ticked {
+            self.commands_at = now;
+        }
+        Ok(())
+    }
+
+    /// Starts due commands.
+    async fn start(&mut self) -> Result<(), StoreError> {
+        if Instant::now() < self.commands_at {
+            return Ok(());
+        }
+        if self.is_full() {
+            // The end of a command is the next occasion.
+            self.commands_at = Instant::now() + POLL;
+            return Ok(());
+        }
+        let page = self.shared.services.store.start_due_commands(PAGE).await.inspect_err(|_| {
+            // The call may have started commands.
+            self.search = Some(Search::default());
+        })?;
+        let now = Instant::now();
+        self.commands_at = now + page.next_in.unwrap_or(POLL).min(POLL);
+        for command in page.commands {
+            self.execute(command, now);
+        }
+        Ok(())
+    }
+
+    fn execute(&mut self, command: ScheduledCommand, alone_at: Instant) {
+        let (id, size) = (command.id, command.body.len());
+        if self.held.contains_key(&id) {
+            return;
+        }
+        self.held.insert(id, size);
+        self.held_bytes += size;
+        let (executor, stop) = (self.executor.clone(), self.stop.subscribe());
+        self.running.spawn(async move { (id, executor.execute(&command, alone_at, stop).await) });
+    }
+
+    /// Waits for the commands in flight, and stores their ends. The actor limits the time.
+    async fn finish(mut self) {
+        self.stop.send_replace(true);
+        while let Some(ended) = self.running.join_next().await {
+            self.ended(ended);
+        }
+        if let Err(error) = self.store_ends().await {
+            tracing::warn!(%error, "could not store the ends of scheduled commands; the next owner sends them again");
+        }
+    }
+}
+
+/// Records the due ticks of a schedule, and stores their commands. Returns their number, or the
+/// reason why the schedule has no ticks.
+async fn tick_schedule(
+    store: &dyn EventStore,
+    schedule: &StoredSchedule,
+    now: chrono::DateTime<chrono::Utc>,
+) -> Result<Result<u64, String>, StoreError> {
+    let mut definition = match Definition::decode(schedule) {
+        Ok(definition) => definition,
+        Err(error) => return Ok(Err(error.to_string())),
+    };
+    let busy = definition.overlap == Overlap::Skip && is_busy(store, &schedule.name).await?;
+    let written = tick(&mut definition, &schedule.name, now, busy)
+        .and_then(|commands| Ok((definition.to_store(&schedule.name, schedule.revision)?, commands)));
+    let (written, commands) = match written {
+        Ok(written) => written,
+        Err(error) => return Ok(Err(error.to_string())),
+    };
+    let count = commands.len() as u64;
+    // Otherwise it was changed meanwhile, and the next step reads it again.
+    let stored = store.write_schedule(written, commands).await?;
+    Ok(Ok(if stored { count } else { 0 }))
+}
+
+/// Returns whether a command of an earlier tick has no answer yet.
+async fn is_busy(store: &dyn EventStore, schedule: &str) -> Result<bool, StoreError> {
+    for state in [ScheduledState::Started, ScheduledState::Waiting] {
+        let query = ScheduledQuery { state: Some(state), schedule: Some(schedule.to_owned()) };
+        if !store.scheduled_commands(&query, None, 1).await?.is_empty() {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}

@@ -1,0 +1,96 @@
+//! An aggregate that counts how often it was reminded, and a handler that sends reminders.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use serde::{Deserialize, Serialize};
+use storied::command::{HandleError, Handler, HandlerContext};
+use storied::{Aggregate, Context, Decided, Event, EventStore, Filter, NeverRejects, Position, ReadLog};
+use tokio::sync::Notify;
+
+#[derive(Default)]
+pub struct Invoice {
+    pub paid: bool,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum InvoiceEvent {
+    Reminded { text: String },
+    Paid {},
+}
+
+impl Event for InvoiceEvent {
+    const CATEGORY: &'static str = "invoice";
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error, Serialize, Deserialize)]
+#[error("the invoice is paid")]
+pub struct IsPaid;
+
+impl Aggregate for Invoice {
+    type Event = InvoiceEvent;
+    type Command = InvoiceEvent;
+    type Reply = ();
+    type Error = IsPaid;
+
+    fn handle(&self, command: &InvoiceEvent, _: &Context<'_>) -> Decided<Self> {
+        match command {
+            InvoiceEvent::Reminded { .. } if self.paid => Err(IsPaid),
+            InvoiceEvent::Reminded { text } if text == "panic" => panic!("as commanded"),
+            event => Ok(event.clone().into()),
+        }
+    }
+
+    fn apply(&mut self, event: &InvoiceEvent) {
+        self.paid |= matches!(event, InvoiceEvent::Paid {});
+    }
+}
+
+pub fn reminder(text: &str) -> InvoiceEvent {
+    InvoiceEvent::Reminded { text: text.into() }
+}
+
+/// Returns the reminders of the log: the id of the invoice, and the text.
+pub async fn reminders(store: &dyn EventStore) -> Vec<(String, String)> {
+    let mut found = Vec::new();
+    let mut after = Position::START;
+    loop {
+        let page = store.read_log(ReadLog::after(after).filter(Filter::of::<InvoiceEvent>())).await.unwrap();
+        for event in &page.events {
+            if let InvoiceEvent::Reminded { text } = event.decode::<InvoiceEvent>().unwrap() {
+                found.push((event.stream.id().to_owned(), text));
+            }
+        }
+        after = page.scanned_to;
+        if !page.has_more() {
+            return found;
+        }
+    }
+}
+
+/// A handler that waits for a permission while it is held.
+#[derive(Clone, Default)]
+pub struct Closing {
+    pub held: Arc<AtomicBool>,
+    pub release: Arc<Notify>,
+    pub calls: Arc<AtomicU64>,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Close;
+
+impl Handler for Closing {
+    const NAME: &'static str = "closing";
+    type Command = Close;
+    type Reply = ();
+    type Error = NeverRejects;
+
+    async fn handle(&self, _: &Close, _: &HandlerContext) -> Result<(), HandleError<NeverRejects>> {
+        self.calls.fetch_add(1, Ordering::AcqRel);
+        if self.held.load(Ordering::Acquire) {
+            self.release.notified().await;
+        }
+        Ok(())
+    }
+}
