@@ -29,6 +29,7 @@ pub mod progress;
 pub mod read;
 pub mod scheduled_commands;
 pub mod schedules;
+pub mod scheduling_races;
 pub mod timers;
 
 use std::any::Any;
@@ -179,10 +180,7 @@ macro_rules! event_store_suite {
                 ends_of_other_commands_are_ignored,
                 commands_are_listed_in_pages,
                 far_due_commands_are_kept,
-                invalid_commands_are_refused,
-                one_of_many_rivals_starts_a_command,
-                cancelling_races_with_starting,
-                rivals_store_a_command_once;
+                invalid_commands_are_refused;
             schedules:
                 a_schedule_is_written_in_revisions,
                 a_wrong_revision_writes_nothing,
@@ -191,7 +189,11 @@ macro_rules! event_store_suite {
                 due_schedules_are_returned_oldest_first,
                 schedules_are_listed_by_name,
                 schedules_with_odd_names_are_kept_apart,
-                invalid_schedules_are_refused,
+                invalid_schedules_are_refused;
+            scheduling_races:
+                one_of_many_rivals_starts_a_command,
+                cancelling_races_with_starting,
+                rivals_store_a_command_once,
                 one_of_many_rivals_writes_a_schedule,
                 removal_races_with_starting;
             oracle:

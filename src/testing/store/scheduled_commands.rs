@@ -1,14 +1,12 @@
 //! Scheduled commands: starting, ending, parking, listing.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::time::Duration;
 
 use chrono::{DateTime, TimeDelta, Utc};
-use futures_util::future::join_all;
 use uuid::Uuid;
 
 use super::Database;
-use super::fixture::Dice;
 use crate::store::{
     CommandEnd, DueCommands, EventStore, NewScheduledCommand, ScheduledCommand, ScheduledQuery,
     ScheduledState, StoreError, TimerDue,
@@ -54,7 +52,7 @@ pub(super) async fn schedule(store: &dyn EventStore, commands: Vec<NewScheduledC
     store.schedule_commands(commands).await.unwrap();
 }
 
-async fn start(store: &dyn EventStore, limit: usize) -> DueCommands {
+pub(super) async fn start(store: &dyn EventStore, limit: usize) -> DueCommands {
     let started = store.start_due_commands(limit).await.unwrap();
     assert!(started.commands.iter().all(|it| it.state == ScheduledState::Started), "{started:?}");
     started
@@ -430,107 +428,4 @@ pub async fn invalid_commands_are_refused(database: Database) {
     assert!(answer[0].target == longest.target && answer[0].schedule == longest.schedule);
     assert_eq!(start(&*store, MOST).await.commands.len(), 1);
     assert!(all(&*store).await[0].body == longest.body);
-}
-
-/// Checks that concurrent callers start each command once, and all of them.
-pub async fn one_of_many_rivals_starts_a_command(database: Database) {
-    const COMMANDS: u128 = 300;
-    let stores = [database.open().await, database.open().await];
-    let rivals = (0..6_u128).map(|rival| {
-        let store = stores[usize::from(rival % 2 == 0)].clone();
-        tokio::spawn(async move {
-            let (mut dice, mut started) = (Dice::new(), Vec::new());
-            let own = (1..=COMMANDS / 6).map(|number| command(rival * 1_000 + number, NOW));
-            for new in own {
-                schedule(&*store, vec![new]).await;
-                let limit = usize::try_from(dice.below(8)).unwrap();
-                started.extend(numbers(&start(&*store, limit).await.commands));
-            }
-            loop {
-                let found = start(&*store, 20).await;
-                match (found.commands.is_empty(), found.next_in) {
-                    (true, None) => break started,
-                    (true, Some(wait)) => tokio::time::sleep(wait.min(Duration::from_millis(5))).await,
-                    (false, _) => started.extend(numbers(&found.commands)),
-                }
-            }
-        })
-    });
-    let mut started = Vec::new();
-    for rival in join_all(rivals).await {
-        started.extend(rival.unwrap());
-    }
-    let unique: HashSet<_> = started.iter().collect();
-    assert_eq!((started.len(), unique.len()), (COMMANDS as usize, COMMANDS as usize));
-    assert!(all(&*stores[0]).await.iter().all(|it| it.state == ScheduledState::Started));
-}
-
-/// Checks that a command is either cancelled or started, under concurrent callers.
-pub async fn cancelling_races_with_starting(database: Database) {
-    let stores = [database.open().await, database.open().await];
-    let (mut cancelled, mut started) = (0, 0);
-    for round in 0..40_u128 {
-        schedule(&*stores[0], vec![command(round, NOW)]).await;
-        let pause = Duration::from_micros(Dice::new().below(600));
-        let starting = async {
-            tokio::time::sleep(pause).await;
-            start(&*stores[0], 10).await.commands
-        };
-        let (found, before) = tokio::join!(starting, stores[1].cancel_command(id(round)));
-        let before = before.unwrap().expect("the command was stored");
-        match before.state {
-            ScheduledState::Waiting => {
-                cancelled += 1;
-                assert!(found.is_empty(), "cancelled and started");
-                assert!(all(&*stores[0]).await.is_empty());
-            }
-            ScheduledState::Started => {
-                started += 1;
-                // The start may have skipped a command that the cancellation had locked for a moment.
-                assert_eq!(numbers(&found), [round]);
-                stores[0].end_commands(vec![done(round)]).await.unwrap();
-            }
-            ScheduledState::Parked => panic!("{before:?}"),
-        }
-    }
-    assert_eq!(cancelled + started, 40);
-}
-
-/// Checks that concurrent callers with common commands, in any order, all succeed and agree.
-pub async fn rivals_store_a_command_once(database: Database) {
-    let stores = [database.open().await, database.open().await];
-    let rivals = (0..8_u128).map(|rival| {
-        let store = stores[usize::from(rival % 2 == 0)].clone();
-        tokio::spawn(async move {
-            let mut dice = Dice::new();
-            let mut answers = HashMap::new();
-            for round in 0..10 {
-                let mut order: Vec<u128> = (0..20).collect();
-                for end in (1..order.len()).rev() {
-                    order.swap(end, usize::try_from(dice.below(end as u64 + 1)).unwrap());
-                }
-                let target = format!("rival-{rival}");
-                let new = order.iter().map(|number| NewScheduledCommand {
-                    target: target.clone(),
-                    ..command(round * 100 + number, LATER)
-                });
-                let answer = store.schedule_commands(new.collect()).await.unwrap();
-                assert_eq!(
-                    numbers(&answer),
-                    order.iter().map(|number| round * 100 + number).collect::<Vec<_>>()
-                );
-                answers.extend(answer.into_iter().map(|it| (it.id, it)));
-                // A part of them ends and is stored again by other callers.
-                let ends = order[..5].iter().map(|number| parked(round * 100 + number, "waiting"));
-                store.end_commands(ends.collect()).await.unwrap();
-            }
-            answers
-        })
-    });
-    let stored: HashMap<_, _> = all(&*stores[0]).await.into_iter().map(|it| (it.id, it)).collect();
-    drop(stored);
-    let answers: Vec<_> = join_all(rivals).await.into_iter().map(Result::unwrap).collect();
-    let stored: HashMap<_, _> = all(&*stores[0]).await.into_iter().map(|it| (it.id, it)).collect();
-    assert_eq!(stored.len(), 200);
-    assert!(answers.iter().all(|answers| *answers == stored));
 }

@@ -3,25 +3,24 @@
 use std::time::Duration;
 
 use chrono::{DateTime, TimeDelta, Utc};
-use futures_util::future::join_all;
 
 use super::Database;
-use super::fixture::Dice;
 use super::scheduled_commands::{
     LATER, NOW, all, at, command, done, id, invalid, numbers, parked, schedule, seconds, states,
 };
 use crate::store::{
     EventStore, NewScheduledCommand, ScheduledCommand, ScheduledQuery, ScheduledState, StoredSchedule,
+    TimerDue,
 };
 
 /// Returns a revision of a schedule; its definition is its name and revision.
-fn revision(name: &str, revision: u64, next_at: Option<DateTime<Utc>>) -> StoredSchedule {
+pub(super) fn revision(name: &str, revision: u64, next_at: Option<DateTime<Utc>>) -> StoredSchedule {
     let definition = format!("{name} {revision}").into_bytes();
     StoredSchedule { name: name.into(), definition, revision, next_at }
 }
 
 /// Returns a tick of a schedule.
-fn tick(number: u128, name: &str, due: crate::store::TimerDue) -> NewScheduledCommand {
+pub(super) fn tick(number: u128, name: &str, due: TimerDue) -> NewScheduledCommand {
     NewScheduledCommand { schedule: Some(name.into()), ..command(number, due) }
 }
 
@@ -252,50 +251,4 @@ pub async fn invalid_schedules_are_refused(database: Database) {
         invalid(store.due_schedules(limit).await);
     }
     assert!(store.schedules(None, 10).await.unwrap().is_empty() && all(&*store).await.is_empty());
-}
-
-/// Checks that of concurrent writers of a revision one succeeds, and that only its command is stored.
-pub async fn one_of_many_rivals_writes_a_schedule(database: Database) {
-    let stores = [database.open().await, database.open().await];
-    for number in 1..=20_u64 {
-        let rivals = (0..6_u64).map(|rival| {
-            let store = stores[usize::from(rival % 2 == 0)].clone();
-            tokio::spawn(async move {
-                let next = seconds(i64::try_from(rival).unwrap());
-                let own = tick(u128::from(number * 10 + rival), "s", LATER);
-                let written = store.write_schedule(revision("s", number, Some(next)), vec![own]).await;
-                written.unwrap().then_some(rival)
-            })
-        });
-        let winners: Vec<u64> =
-            join_all(rivals).await.into_iter().filter_map(|rival| rival.unwrap()).collect();
-        assert_eq!(winners.len(), 1, "{winners:?}");
-        let stored = stores[0].schedule("s").await.unwrap().unwrap();
-        let next = seconds(i64::try_from(winners[0]).unwrap());
-        assert_eq!((stored.revision, stored.next_at), (number, Some(next)));
-        let last = all(&*stores[1]).await.into_iter().map(|it| it.id.as_u128()).max();
-        assert_eq!(last, Some(u128::from(number * 10 + winners[0])));
-        assert_eq!(all(&*stores[1]).await.len(), usize::try_from(number).unwrap());
-    }
-}
-
-/// Checks that a tick is either started or removed with its schedule, under concurrent callers.
-pub async fn removal_races_with_starting(database: Database) {
-    let stores = [database.open().await, database.open().await];
-    for round in 0..20_u128 {
-        let name = format!("s{round}");
-        let ticks = (0..8).map(|number| tick(round * 100 + number, &name, NOW)).collect();
-        assert!(stores[0].write_schedule(revision(&name, 1, None), ticks).await.unwrap());
-        let pause = Duration::from_micros(Dice::new().below(800));
-        let starting = async {
-            tokio::time::sleep(pause).await;
-            stores[0].start_due_commands(4).await.unwrap().commands
-        };
-        let (started, removed) = tokio::join!(starting, stores[1].remove_schedule(&name, 1));
-        assert!(removed.unwrap());
-        let left = all(&*stores[1]).await;
-        assert!(left.iter().all(|it| it.state == ScheduledState::Started), "{left:?}");
-        assert_eq!(numbers(&left), numbers(&started));
-        stores[1].end_commands(left.iter().map(|it| done(it.id.as_u128())).collect()).await.unwrap();
-    }
 }

@@ -13,7 +13,8 @@ use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection};
 use sqlx::{ConnectOptions, Connection, Executor};
 use storied::store::{
     Append, AppendError, Appended, Checkpoint, CheckpointError, CheckpointKey, ControlChange, EventStore,
-    ExpectedVersion, ProgressWrite, ReadLog, StreamAppend,
+    ExpectedVersion, NewScheduledCommand, ProgressWrite, ReadLog, ScheduleStore, ScheduledQuery,
+    StoredSchedule, StreamAppend, TimerDue,
 };
 use storied::testing::store::Database;
 use storied::{
@@ -851,6 +852,20 @@ async fn numbers_that_storied_never_writes_are_errors() {
     append(&store, one("a", "order.placed")).await.unwrap();
     store.acquire_lease("l", uuid::Uuid::now_v7(), std::time::Duration::MAX).await.unwrap().unwrap();
     store.leases().await.unwrap();
+    let schedule = StoredSchedule {
+        name: "s".into(),
+        definition: Vec::new(),
+        revision: 1,
+        next_at: Some(chrono::DateTime::UNIX_EPOCH),
+    };
+    let command = NewScheduledCommand {
+        id: Uuid::now_v7(),
+        target: "order/a".into(),
+        body: Vec::new(),
+        due: TimerDue::After(Duration::ZERO),
+        schedule: None,
+    };
+    assert!(store.write_schedule(schedule, vec![command]).await.unwrap());
     let mut other = stranger(&path).await;
     other.execute("DROP TRIGGER storied_events_no_update").await.unwrap();
     let max = i64::MAX.to_string();
@@ -860,11 +875,18 @@ async fn numbers_that_storied_never_writes_are_errors() {
         ("storied_leases", "ttl", "-1"),
         ("storied_events", "recorded_at", &max),
         ("storied_events", "recorded_at", "-9223372036854775808"),
+        ("storied_scheduled_commands", "due_at", &max),
+        ("storied_schedules", "revision", "-1"),
+        ("storied_schedules", "next_at", &max),
     ] {
         let set = |value: &str| sqlx::AssertSqlSafe(format!("UPDATE {table} SET {column} = {value}"));
         other.execute(set(value)).await.unwrap();
         let read = match table {
             "storied_leases" => store.leases().await.map(drop),
+            "storied_scheduled_commands" => {
+                store.scheduled_commands(&ScheduledQuery::default(), None, 9).await.map(drop)
+            }
+            "storied_schedules" => store.schedule("s").await.map(drop),
             _ => store.read_stream(&stream("a"), Version::NONE, 9).await.map(drop),
         };
         let StoreError::Corrupt { reason } = read.unwrap_err() else { panic!("{table}.{column}") };

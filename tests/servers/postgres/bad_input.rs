@@ -13,7 +13,10 @@ use futures_util::future::join_all;
 use sqlx::postgres::PgPoolOptions;
 use sqlx::{AssertSqlSafe, Connection, Executor};
 use storied::projection::{PostgresReadModel, ReadModel};
-use storied::store::{Append, AppendError, CheckpointKey, CommandRecord, ParkedEvent, ProgressWrite};
+use storied::store::{
+    Append, AppendError, CheckpointKey, CommandEnd, CommandRecord, NewScheduledCommand, ParkedEvent,
+    ProgressWrite, ScheduleStore, StoredSchedule, TimerDue,
+};
 use storied::{
     Codec, EventName, EventStore, ExpectedVersion, NewEvent, Position, PostgresOptions, PostgresStore,
     StoreError, StreamId, Version,
@@ -176,6 +179,26 @@ async fn unsafe_settings() {
         .await;
     let error = append(&store, &stream("a"), exact(3), events(1)).await.unwrap_err();
     assert!(matches!(error, AppendError::Store(StoreError::Misconfigured { .. })), "{error:?}");
+    let id = Uuid::now_v7();
+    let schedule = StoredSchedule { name: "s".into(), definition: Vec::new(), revision: 1, next_at: None };
+    let command = NewScheduledCommand {
+        id,
+        target: "order/a".into(),
+        body: Vec::new(),
+        due: TimerDue::After(Duration::ZERO),
+        schedule: None,
+    };
+    for refused in [
+        store.schedule_commands(vec![command]).await.map(drop),
+        store.start_due_commands(1).await.map(drop),
+        store.end_commands(vec![CommandEnd { id, parked: None }]).await,
+        store.cancel_command(id).await.map(drop),
+        store.retry_command(id).await.map(drop),
+        store.write_schedule(schedule, Vec::new()).await.map(drop),
+        store.remove_schedule("s", 1).await.map(drop),
+    ] {
+        assert!(matches!(refused, Err(StoreError::Misconfigured { .. })), "{refused:?}");
+    }
     run(&server.url(), &format!("ALTER DATABASE {database} RESET ALL")).await;
     drop((store, late));
 

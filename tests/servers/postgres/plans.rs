@@ -7,12 +7,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use bytes::Bytes;
+use chrono::Utc;
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 use sqlx::{AssertSqlSafe, Executor};
 use storied::event::Category;
 use storied::store::{
-    Checkpoint, CheckpointKey, CommandRecord, NewTimer, ParkedEvent, ProgressWrite, Snapshot, StreamAppend,
-    TimerDue, TimerRef,
+    Checkpoint, CheckpointKey, CommandEnd, CommandRecord, NewScheduledCommand, NewTimer, ParkedEvent,
+    ProgressWrite, ScheduleStore, ScheduledCommand, ScheduledQuery, ScheduledState, Snapshot, StoredSchedule,
+    StreamAppend, TimerDue, TimerRef,
 };
 use storied::{
     EventName, EventStore, ExpectedVersion, Filter, Position, PostgresOptions, PostgresStore, ReadLog,
@@ -30,11 +32,21 @@ const STATEMENTS: [&str; 3] = [
 ];
 
 /// Tables that grow with the log. The others have a row for each projection or lease.
-const LARGE: [&str; 7] = ["events", "streams", "correlations", "commands", "snapshots", "parked", "timers"];
+const LARGE: [&str; 9] = [
+    "events",
+    "streams",
+    "correlations",
+    "commands",
+    "snapshots",
+    "parked",
+    "timers",
+    "scheduled_commands",
+    "schedules",
+];
 
 /// The worst possible statistics.
 const LIES: [(&str, &str); 7] = [
-    ("the tables are empty", "VACUUM (ANALYZE) storied.events, storied.streams, storied.correlations, storied.commands, storied.snapshots, storied.parked, storied.timers"),
+    ("the tables are empty", "VACUUM (ANALYZE) storied.events, storied.streams, storied.correlations, storied.commands, storied.snapshots, storied.parked, storied.timers, storied.scheduled_commands, storied.schedules"),
     ("nothing is known", "SELECT 1"),
     (
         "no rows on many pages",
@@ -55,7 +67,7 @@ const LIES: [(&str, &str); 7] = [
     ),
     (
         "every value is the same",
-        "ANALYZE storied.events, storied.streams, storied.correlations, storied.commands, storied.snapshots, storied.parked, storied.timers;
+        "ANALYZE storied.events, storied.streams, storied.correlations, storied.commands, storied.snapshots, storied.parked, storied.timers, storied.scheduled_commands, storied.schedules;
          UPDATE pg_statistic SET stadistinct = 1, stakind1 = 0, stakind2 = 0, stakind3 = 0, stakind4 = 0, stakind5 = 0
          WHERE starelid IN (SELECT oid FROM pg_class WHERE relnamespace = 'storied'::regnamespace)",
     ),
@@ -187,6 +199,7 @@ async fn use_everything(url: &str, store: &PostgresStore, way: Way, many_first: 
     store.write_progress(vec![unpark]).await.unwrap();
 
     use_timers(store).await;
+    use_schedules(store).await;
 
     // Only projections run these statements, in the database of a read model.
     let mut connection = connect(url).await;
@@ -217,6 +230,54 @@ async fn use_timers(store: &PostgresStore) {
         }
     }
     store.write_timers("p", Vec::new(), (0..100).map(removed).collect()).await.unwrap();
+}
+
+/// Makes the store run each of its statements on scheduled commands and schedules.
+async fn use_schedules(store: &PostgresStore) {
+    let command = |n: u128| NewScheduledCommand {
+        id: Uuid::from_u128(n),
+        target: "order/a".into(),
+        body: b"x".to_vec(),
+        due: TimerDue::After(Duration::from_secs(n as u64 % 2 * 3_600)),
+        schedule: n.is_multiple_of(3).then(|| "s".into()),
+    };
+    let schedule = |name: &str, revision| StoredSchedule {
+        name: name.into(),
+        definition: Vec::new(),
+        revision,
+        next_at: (name == "s").then(Utc::now),
+    };
+    store.schedule_commands((0..300).map(command).collect()).await.unwrap();
+    for name in ["r", "s", "t"] {
+        assert!(store.write_schedule(schedule(name, 1), Vec::new()).await.unwrap());
+    }
+    for turn in 0..7 {
+        let id = Uuid::from_u128(turn);
+        store.schedule_commands(vec![command(turn), command(1_000 + turn)]).await.unwrap();
+        let started = store.start_due_commands(8).await.unwrap().commands;
+        assert_eq!(started.len(), 8);
+        let end = |(n, it): (usize, &ScheduledCommand)| CommandEnd {
+            id: it.id,
+            parked: (n % 2 == 0).then(|| "no".into()),
+        };
+        store.end_commands(started.iter().enumerate().map(end).collect()).await.unwrap();
+        store.retry_command(started[0].id).await.unwrap().unwrap();
+        store.cancel_command(started[0].id).await.unwrap().unwrap();
+        store.scheduled_command(id).await.unwrap();
+        for (state, name) in [(None, None), (None, Some("s")), (Some(ScheduledState::Waiting), Some("s"))] {
+            let query = ScheduledQuery { state, schedule: name.map(Into::into) };
+            let page = store.scheduled_commands(&query, None, 10).await.unwrap();
+            assert_eq!(page.len(), 10);
+            store.scheduled_commands(&query, page.last(), 10).await.unwrap();
+        }
+        let revision = turn as u64 + 2;
+        assert!(store.write_schedule(schedule("s", revision), vec![command(2_000 + turn)]).await.unwrap());
+        assert_eq!(store.due_schedules(10).await.unwrap().schedules.len(), 1);
+        store.schedule("r").await.unwrap().unwrap();
+        assert_eq!(store.schedules(Some("r"), 10).await.unwrap().len(), 2);
+    }
+    assert!(!store.remove_schedule("s", 1).await.unwrap());
+    assert!(store.remove_schedule("s", 8).await.unwrap());
 }
 
 /// Extracts the statement and the scans of every plan in a log.
@@ -273,6 +334,11 @@ fn wrong(scan: &str) -> Option<&'static str> {
         "parked_pkey" => "projection",
         "timers_pkey" => "process",
         "timers_by_due" => "(process)::text",
+        "scheduled_commands_pkey" => "id",
+        "scheduled_commands_by_due" => "state",
+        "scheduled_commands_by_schedule" => "schedule",
+        "schedules_pkey" => "name",
+        "schedules_by_next" => "next_at",
         _ => return Some("an index that this test does not know"),
     };
     (!leads(first)).then_some("the index does not lead to the rows")
@@ -283,6 +349,9 @@ fn meant(query: &str, scan: &str) -> bool {
     let by_name = query.contains("wanted.number, $1");
     if query.contains("(process COLLATE ucs_basic, due_at)") && scan.contains(" on timers") {
         return scan.contains("using timers_by_due ") && scan.contains("due_at");
+    }
+    if ["schedule = $6", "schedule = of_name"].iter().any(|key| query.contains(key)) {
+        return scan.contains("using scheduled_commands_by_schedule ");
     }
     if !scan.contains(" on events") {
         return true;

@@ -2,7 +2,10 @@
 
 use sqlx::{AssertSqlSafe, Executor, PgConnection, PgPool, Row};
 use storied::projection::ReadModel;
-use storied::store::{AppendError, CheckpointKey, ControlChange, Request, TimerRef};
+use storied::store::{
+    AppendError, CheckpointKey, CommandEnd, ControlChange, NewScheduledCommand, Request, ScheduleStore,
+    ScheduledQuery, StoredSchedule, TimerDue, TimerRef,
+};
 use storied::{
     EventStore, ExpectedVersion, Position, PostgresOptions, PostgresReadModel, PostgresStore, StoreError,
     Version,
@@ -87,15 +90,18 @@ async fn nothing_else_is_granted() {
             "checkpoints INSERT SELECT UPDATE, commands DELETE INSERT SELECT, controls INSERT SELECT UPDATE, correlations SELECT, events SELECT, \
              leases INSERT SELECT UPDATE, meta SELECT, migrations SELECT, names SELECT, parked DELETE INSERT SELECT UPDATE, \
              positions SELECT, projections INSERT SELECT UPDATE, publisher INSERT SELECT UPDATE, \
-             read_model_migrations SELECT, requests DELETE INSERT SELECT UPDATE, snapshots INSERT SELECT UPDATE, \
+             read_model_migrations SELECT, requests DELETE INSERT SELECT UPDATE, scheduled_commands DELETE INSERT SELECT UPDATE, \
+             schedules DELETE INSERT SELECT UPDATE, snapshots INSERT SELECT UPDATE, \
              streams SELECT, timers DELETE INSERT SELECT UPDATE; \
-             append, append_known, append_one, command_events, high_water_mark, number_names, server, stream_number, write_timers",
+             append, append_known, append_one, cancel_command, command_events, end_commands, high_water_mark, number_names, \
+             remove_schedule, retry_command, schedule_commands, server, start_due_commands, stream_number, \
+             write_schedule, write_timers",
         ),
         (
             "shop_reader",
             "checkpoints SELECT, commands SELECT, controls SELECT, correlations SELECT, events SELECT, leases SELECT, meta SELECT, \
              migrations SELECT, names SELECT, parked SELECT, positions SELECT, projections SELECT, publisher SELECT, \
-             read_model_migrations SELECT, requests SELECT, snapshots SELECT, streams SELECT, timers SELECT; \
+             read_model_migrations SELECT, requests SELECT, scheduled_commands SELECT, schedules SELECT, snapshots SELECT, streams SELECT, timers SELECT; \
              high_water_mark, server, stream_number",
         ),
         (
@@ -320,6 +326,8 @@ async fn a_login_with_the_documented_rights_can_append_and_nothing_else() {
         "UPDATE storied.commands SET outcome = ''",
         "TRUNCATE storied.commands",
         "TRUNCATE storied.timers",
+        "TRUNCATE storied.scheduled_commands",
+        "TRUNCATE storied.schedules",
         // Settings of other sessions, and other logins.
         "ALTER ROLE storied SET synchronous_commit = off",
         "ALTER DATABASE postgres SET synchronous_commit = off",
@@ -556,15 +564,38 @@ async fn readers_and_read_models_have_less() {
     reader.leases().await.unwrap();
     assert!(reader.timers(None, None, 10).await.unwrap().is_empty());
     assert!(reader.due_timers("p", 10).await.unwrap().timers.is_empty());
+    assert!(reader.scheduled_command(uuid::Uuid::nil()).await.unwrap().is_none());
+    for schedule in [None, Some("s".into())] {
+        let query = ScheduledQuery { state: None, schedule };
+        assert!(reader.scheduled_commands(&query, None, 10).await.unwrap().is_empty());
+    }
+    assert!(reader.schedule("s").await.unwrap().is_none());
+    assert!(reader.schedules(None, 10).await.unwrap().is_empty());
+    assert!(reader.due_schedules(10).await.unwrap().schedules.is_empty());
     reader.stall().await.unwrap();
     let error = append(&reader, &stream("a"), exact(3), events(1)).await.unwrap_err();
     assert!(matches!(error, AppendError::Store(StoreError::Storage { .. })), "{error:?}");
     assert!(error.to_string().contains("docs/postgres-grants.sql"), "{error}");
     let timer = TimerRef { instance: "i".into(), name: String::new(), version: Version::new(1) };
+    let command = NewScheduledCommand {
+        id: uuid::Uuid::now_v7(),
+        target: "order/a".into(),
+        body: Vec::new(),
+        due: TimerDue::After(std::time::Duration::ZERO),
+        schedule: None,
+    };
+    let schedule = StoredSchedule { name: "s".into(), definition: Vec::new(), revision: 1, next_at: None };
     for change in [
         reader.control("p", ControlChange::Pause).await.map(drop),
         reader.acquire_lease("l", uuid::Uuid::now_v7(), std::time::Duration::from_secs(1)).await.map(drop),
         reader.write_timers("p", Vec::new(), vec![timer]).await,
+        reader.schedule_commands(vec![command.clone()]).await.map(drop),
+        reader.start_due_commands(1).await.map(drop),
+        reader.end_commands(vec![CommandEnd { id: command.id, parked: None }]).await,
+        reader.cancel_command(command.id).await.map(drop),
+        reader.retry_command(command.id).await.map(drop),
+        reader.write_schedule(schedule, Vec::new()).await.map(drop),
+        reader.remove_schedule("s", 1).await.map(drop),
     ] {
         assert!(matches!(change, Err(StoreError::Storage { .. })), "{change:?}");
     }
@@ -601,6 +632,8 @@ async fn values_that_storied_never_writes_are_errors() {
         INSERT INTO storied.commands VALUES ('00000000-0000-0000-0000-000000000001', 'n', gen_random_uuid(), '');
         INSERT INTO storied.snapshots VALUES ('order', 'a', 1, 1, '');
         INSERT INTO storied.timers VALUES ('p', 'i', '', 1, now());
+        INSERT INTO storied.scheduled_commands VALUES ('00000000-0000-0000-0000-000000000001', 'order/a', '', now(), NULL, 'waiting', NULL);
+        INSERT INTO storied.schedules VALUES ('s', '', 1, now());
         ALTER TABLE storied.events DISABLE TRIGGER ALL";
     owner.execute(rows).await.unwrap();
     let mut program = connect(&as_user(&url, "shop")).await;
@@ -634,11 +667,16 @@ async fn values_that_storied_never_writes_are_errors() {
         ("snapshots", "version", negative),
         ("snapshots", "revision", negative),
         ("timers", "due_at", never),
+        ("scheduled_commands", "due_at", never),
+        ("scheduled_commands", "state", &["'lost'"]),
+        ("schedules", "revision", negative),
+        ("schedules", "next_at", never),
         ("events", "recorded_at", never),
         ("events", "position", negative),
     ];
-    // The index by due time has no row with such a version.
+    // The indexes by due time have no row with such a version or target.
     assert!(attempt(&mut program, "UPDATE storied.timers SET version = -1").await.is_err());
+    assert!(attempt(&mut program, "UPDATE storied.scheduled_commands SET target = ''").await.is_err());
     let command = uuid::Uuid::from_u128(1);
     for (table, column, values) in columns {
         if table != "events" {
@@ -662,11 +700,23 @@ async fn values_that_storied_never_writes_are_errors() {
                 "commands" => store.command(command).await.map(drop),
                 "snapshots" => store.snapshot(&stream("a")).await.map(drop),
                 "timers" => store.timers(None, None, 9).await.and(store.due_timers("p", 9).await).map(drop),
+                "scheduled_commands" => {
+                    let query = ScheduledQuery::default();
+                    let listed = store.scheduled_commands(&query, None, 9).await.map(drop);
+                    listed.and(store.scheduled_command(command).await.map(drop))
+                }
+                "schedules" => {
+                    store.schedules(None, 9).await.map(drop).and(store.schedule("s").await.map(drop))
+                }
                 _ => store.read_stream(&stream("a"), Version::NONE, 9).await.map(drop),
             };
             let StoreError::Corrupt { reason } = read.expect_err(&set) else { panic!("{set}") };
             assert!(reason.contains(&format!("{table}.{column}")), "{reason}");
-            let good = if column.ends_with("_at") { "now()" } else { "1" };
+            let good = match column {
+                "state" => "'waiting'",
+                _ if column.ends_with("_at") => "now()",
+                _ => "1",
+            };
             let reset = format!("UPDATE storied.{table} SET {column} = {good}");
             owner.execute(AssertSqlSafe(reset)).await.unwrap();
         }

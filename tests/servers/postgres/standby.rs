@@ -14,7 +14,8 @@ use sqlx::postgres::PgPoolOptions;
 use sqlx::{AssertSqlSafe, Executor, PgConnection, PgPool};
 use storied::projection::{ApplyError, Projection, ProjectionState};
 use storied::store::{
-    AppendError, Checkpoint, CheckpointKey, CommandRecord, NewTimer, ProgressWrite, TimerDue,
+    AppendError, Checkpoint, CheckpointKey, CommandRecord, NewScheduledCommand, NewTimer, ProgressWrite,
+    ScheduleStore, ScheduledQuery, StoredSchedule, TimerDue,
 };
 use storied::{
     Aggregate, AnyEvent, Context, Decided, Decision, Event, EventName, EventStore, ExecuteError, Filter,
@@ -334,6 +335,19 @@ async fn an_answer_that_rests_on_a_read_is_on_the_standby() {
             due: TimerDue::After(Duration::ZERO),
         };
         let put_timer = || store.write_timers(&name, vec![timer.clone()], Vec::new());
+        let command = |id| NewScheduledCommand {
+            id,
+            target: "account/a".into(),
+            body: Vec::new(),
+            due: TimerDue::After(Duration::from_secs(3_600)),
+            schedule: None,
+        };
+        let schedule =
+            StoredSchedule { name: name.clone(), definition: Vec::new(), revision: 1, next_at: None };
+        let schedule_command = || store.schedule_commands(vec![command(id)]);
+        let write_schedule = || store.write_schedule(schedule.clone(), Vec::new());
+        let cancelled = Uuid::now_v7();
+        store.schedule_commands(vec![command(cancelled)]).await.unwrap();
         pair.cut_off();
         let operator = Operator::start(&pair, action);
         let (executed, recorded, saved, leased, put) = tokio::join!(
@@ -346,6 +360,8 @@ async fn an_answer_that_rests_on_a_read_is_on_the_standby() {
         assert!(matches!(executed, Err(ExecuteError::OutcomeUnknown { .. })), "{executed:?}");
         assert!(recorded.is_err() && saved.is_err() && leased.is_err(), "{recorded:?} {saved:?} {leased:?}");
         assert!(matches!(put, Err(StoreError::Unavailable { .. })), "{put:?}");
+        let answers = tokio::join!(schedule_command(), write_schedule(), store.cancel_command(cancelled));
+        assert!(answers.0.is_err() && answers.1.is_err() && answers.2.is_err(), "{answers:?}");
         // All commits are visible now …
         let account = storied::StreamId::new("account", account).unwrap();
         eventually("it became visible", async || {
@@ -353,6 +369,9 @@ async fn an_answer_that_rests_on_a_read_is_on_the_standby() {
                 && store.checkpoint(&key).await.unwrap() == first
                 && store.leases().await.unwrap().iter().any(|info| info.lease.name == name)
                 && !store.due_timers(&name, 1).await.unwrap().timers.is_empty()
+                && store.scheduled_command(id).await.unwrap().is_some()
+                && store.schedule(&name).await.unwrap().is_some()
+                && store.scheduled_command(cancelled).await.unwrap().is_none()
         })
         .await;
         // … and none of them is an answer.
@@ -366,6 +385,8 @@ async fn an_answer_that_rests_on_a_read_is_on_the_standby() {
         assert!(matches!(put, Err(StoreError::Unavailable { .. })), "{put:?}");
         assert!(matches!(executed, Err(ExecuteError::OutcomeUnknown { .. })), "{executed:?}");
         assert!(recorded.is_err() && found.is_err() && leased.is_err(), "{recorded:?} {found:?} {leased:?}");
+        let answers = tokio::join!(schedule_command(), write_schedule(), store.cancel_command(cancelled));
+        assert!(answers.0.is_err() && answers.1.is_err() && answers.2.is_err(), "{answers:?}");
         operator.stop().await;
         pair.heal().await;
         assert!(deposit().await.unwrap().duplicate);
@@ -373,6 +394,9 @@ async fn an_answer_that_rests_on_a_read_is_on_the_standby() {
         assert_eq!(store.command(id).await.unwrap().unwrap().outcome, record.outcome);
         assert!(store.acquire_lease(&name, id, Duration::from_secs(60)).await.unwrap().is_some());
         put_timer().await.unwrap();
+        assert_eq!(schedule_command().await.unwrap()[0].id, id);
+        assert!(!write_schedule().await.unwrap());
+        assert_eq!(store.cancel_command(cancelled).await.unwrap(), None);
     }
     let log = pair.fail_over().await;
     let there: HashSet<String> = log.iter().map(|event| event.stream.id().to_owned()).collect();
@@ -566,6 +590,8 @@ async fn nothing_is_read_on_a_standby() {
         proxy.connect_to(Some(to));
         let since = Instant::now();
         let mut refused = 0;
+        let all = ScheduledQuery::default();
+        let of_schedule = ScheduledQuery { state: None, schedule: Some("s".into()) };
         while refused < 8 {
             assert!(since.elapsed() < Duration::from_secs(30));
             let answers = [
@@ -581,6 +607,12 @@ async fn nothing_is_read_on_a_standby() {
                 store.high_water_mark().await.err(),
                 store.due_timers("p", 10).await.err(),
                 store.timers(None, None, 10).await.err(),
+                store.scheduled_command(id).await.err(),
+                store.scheduled_commands(&all, None, 10).await.err(),
+                store.scheduled_commands(&of_schedule, None, 10).await.err(),
+                store.schedule("s").await.err(),
+                store.schedules(None, 10).await.err(),
+                store.due_schedules(10).await.err(),
             ];
             let mut answers = Vec::from(answers);
             if !matches!(way, Way::Direct) {
