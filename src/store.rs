@@ -79,8 +79,8 @@ pub use self::progress::{
 pub use self::request::{Request, StoredRequest};
 pub use self::schedule_store::ScheduleStore;
 pub use self::scheduled::{
-    CommandEnd, DueCommands, DueSchedules, NewScheduledCommand, ScheduledCommand, ScheduledQuery,
-    ScheduledState, StoredSchedule,
+    DueCommands, DueSchedules, NewScheduledCommand, ScheduledCommand, ScheduledEnd, ScheduledOutcome,
+    ScheduledQuery, ScheduledState, StoredSchedule,
 };
 pub use self::snapshot::{Snapshot, SnapshotRevision};
 #[cfg(feature = "sqlite")]

@@ -979,7 +979,7 @@ REVOKE EXECUTE ON FUNCTION storied.start_due_commands FROM PUBLIC;
 
 -- Ends started commands, and returns the number of changed rows. A command without a reason for
 -- parking is deleted.
-CREATE FUNCTION storied.end_commands(command_ids uuid[], reasons text[]) RETURNS bigint
+CREATE FUNCTION storied.end_commands(command_ids uuid[], reasons text[], waits bigint[]) RETURNS bigint
 LANGUAGE plpgsql VOLATILE
 SET search_path = pg_catalog, pg_temp
 SET plan_cache_mode = force_generic_plan
@@ -995,9 +995,13 @@ BEGIN
         RAISE EXCEPTION 'synchronous_commit is off: scheduled commands would be reported before they are durable' USING ERRCODE = 'ST002';
     END IF;
     -- Sorted, so that calls with common commands wait in the same order.
-    FOR ended IN SELECT * FROM unnest(command_ids, reasons) AS e (id, reason) ORDER BY e.id LOOP
-        IF ended.reason IS NULL THEN
-            DELETE FROM storied.scheduled_commands AS c WHERE c.id = ended.id AND c.state = 'started';
+    FOR ended IN SELECT * FROM unnest(command_ids, reasons, waits) AS e (id, reason, wait) ORDER BY e.id LOOP
+        IF ended.wait IS NOT NULL THEN
+            UPDATE storied.scheduled_commands AS c
+            SET state = 'waiting', due_at = clock_timestamp() + ended.wait * interval '1 microsecond'
+            WHERE c.id = ended.id AND c.state = 'started';
+        ELSIF ended.reason IS NULL THEN
+            DELETE FROM storied.scheduled_commands AS c WHERE c.id = ended.id AND c.state <> 'waiting';
         ELSE
             UPDATE storied.scheduled_commands AS c SET state = 'parked', reason = ended.reason
             WHERE c.id = ended.id AND c.state = 'started';

@@ -41,6 +41,8 @@ pub(crate) enum ErasedAnswer {
     /// The same command may succeed later, without intervention. `uncertain`: the attempt may still
     /// take effect.
     Transient { reason: String, uncertain: bool },
+    /// No node handles such commands.
+    Unhandled { reason: String },
     /// The command had no effect, and the next attempt probably has none either.
     Failed { reason: String },
 }
@@ -48,15 +50,18 @@ pub(crate) enum ErasedAnswer {
 impl Dispatcher {
     /// Executes a command on the node that owns its target, with the default timeouts.
     pub(crate) async fn execute_erased(&self, command: ErasedCommand) -> ErasedAnswer {
+        let name = command.name.clone();
         match self.run_erased(command).await {
-            Outcome::Done(Done { reply, omitted: None, .. }) => ErasedAnswer::Done { reply },
+            None => ErasedAnswer::Unhandled { reason: format!("no node handles commands for {name:?}") },
+            Some(Outcome::Done(Done { reply, omitted: None, .. })) => ErasedAnswer::Done { reply },
             // It took effect. The reply does not fit into a message.
-            Outcome::Done(_) => ErasedAnswer::Done { reply: Vec::new() },
-            Outcome::Error(failure) => answer(failure),
+            Some(Outcome::Done(_)) => ErasedAnswer::Done { reply: Vec::new() },
+            Some(Outcome::Error(failure)) => answer(failure),
         }
     }
 
-    async fn run_erased(&self, command: ErasedCommand) -> Outcome {
+    /// Returns the outcome, or `None` if no node handles such commands.
+    async fn run_erased(&self, command: ErasedCommand) -> Option<Outcome> {
         let ErasedCommand { id, kind, name, key, payload, metadata, expected } = command;
         let envelope = Envelope::of(id, metadata);
         let info = CommandInfo { name: &name, key: key.as_deref(), id, metadata: &envelope.metadata };
@@ -64,19 +69,15 @@ impl Dispatcher {
         let accepts = endpoint.map_or(Ok(false), |_| self.hooks.accepts(&info));
         let able = match accepts {
             Ok(able) => able,
-            Err(reason) => return Outcome::Error(Failure::new(Code::Refused, reason)),
+            Err(reason) => return Some(Outcome::Error(Failure::new(Code::Refused, reason))),
         };
         let route = match self.route(kind, &name, &info, &envelope, able) {
-            Ok(Some(route)) => route,
-            Ok(None) => {
-                let reason = format!("no node handles commands for {name:?}");
-                return Outcome::Error(Failure::new(Code::Failed, reason));
-            }
-            Err(kind) => return Outcome::Error(Failure::of(&error(kind))),
+            Ok(route) => route?,
+            Err(kind) => return Some(Outcome::Error(Failure::of(&error(kind)))),
         };
         let encoded = match envelope.metadata.encode() {
             Ok(encoded) => encoded,
-            Err(reason) => return Outcome::Error(Failure::of(&error(NotExecutedKind::Encode(reason)))),
+            Err(reason) => return Some(Outcome::Error(Failure::of(&error(NotExecutedKind::Encode(reason))))),
         };
         let deadline = envelope.deadline();
         let frame = CommandFrame {
@@ -93,7 +94,7 @@ impl Dispatcher {
             attempt: 1,
             prompt: false,
         };
-        match (route, endpoint) {
+        Some(match (route, endpoint) {
             (Route::Local { .. }, Some(endpoint)) => {
                 let accepted = endpoint.accept(&self.hooks, frame, deadline, deadline.instant()).await;
                 match accepted {
@@ -105,7 +106,7 @@ impl Dispatcher {
                 Ok(answering) => answering.await.0,
                 Err(failure) => Outcome::Error(failure),
             },
-        }
+        })
     }
 }
 

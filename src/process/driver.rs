@@ -373,7 +373,7 @@ impl<'a, P: Process> Driver<'a, P> {
                 let wait = attempt.backoff.next();
                 return self.attempt(attempt, wait);
             }
-            ErasedAnswer::Failed { reason } => {
+            ErasedAnswer::Failed { reason } | ErasedAnswer::Unhandled { reason } => {
                 attempt.failures += 1;
                 if attempt.failures < ATTEMPTS {
                     let wait = attempt.backoff.next();

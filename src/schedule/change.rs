@@ -44,7 +44,7 @@ pub(super) async fn put(
             Some(stored) => match Definition::decode(&stored) {
                 Ok(old) if old.is_same(&new) => return Ok(ScheduleChange::Unchanged),
                 Ok(mut old) => {
-                    if !old.paused {
+                    if !old.paused && old.timing != new.timing {
                         miss(&mut old, new.done_to)?;
                     }
                     (new.replacing(&old), stored.revision, ScheduleChange::Replaced)
@@ -61,19 +61,17 @@ pub(super) async fn put(
 
 /// Changes a stored schedule, and stores the commands that `change` returns in the same transaction.
 ///
-/// `change` receives the revision after the change. If it returns `None`, nothing is written.
+/// If `change` returns `None`, nothing is written.
 pub(super) async fn change(
     store: &dyn EventStore,
     name: &str,
-    mut change: impl FnMut(&mut Definition, u64) -> Result<Option<Vec<NewScheduledCommand>>, ScheduleError>,
+    mut change: impl FnMut(&mut Definition) -> Result<Option<Vec<NewScheduledCommand>>, ScheduleError>,
 ) -> Result<(), ScheduleError> {
     for _ in 0..ATTEMPTS {
         let stored = store.schedule(name).await?;
         let stored = stored.ok_or_else(|| ScheduleError::UnknownSchedule { name: name.to_owned() })?;
         let mut definition = Definition::decode(&stored)?;
-        let Some(commands) = change(&mut definition, stored.revision.saturating_add(1))? else {
-            return Ok(());
-        };
+        let Some(commands) = change(&mut definition)? else { return Ok(()) };
         let written = definition.to_store(name, stored.revision)?;
         if store.write_schedule(written, commands).await? {
             return Ok(());

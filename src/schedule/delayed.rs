@@ -29,7 +29,10 @@ impl<T: Routed> Execute<T> {
     ///
     /// When this returns, the command is durable and needs no caller. A repeated call with the same
     /// [command id](Self::command_id) stores nothing. After the execution it stores the command
-    /// again, which then has no second effect (I8). The timeouts of this command do not matter.
+    /// again, which then has no second effect on an aggregate (I8), nor on a handler within
+    /// [`command_retention`](crate::CommandBus::command_retention). The timeouts of this command do
+    /// not matter. Its span begins with the execution: only a
+    /// [`traceparent`](Self::traceparent) connects it with the caller.
     /// See [`Runtime::scheduled`](crate::Runtime::scheduled) for its status and its cancellation.
     ///
     /// # Errors

@@ -74,6 +74,16 @@ pub enum ScheduleError {
         /// Name of the schedule.
         name: String,
     },
+    /// The schedule with its command is too large.
+    #[error("schedule {name:?} too large: {size} bytes with its command (limit {limit} bytes)")]
+    TooLarge {
+        /// Name of the schedule.
+        name: String,
+        /// Size of the definition, in bytes.
+        size: usize,
+        /// Maximum size.
+        limit: usize,
+    },
     /// A backfill contains too many ticks.
     #[error("the backfill of schedule {name:?} has more than {limit} ticks; divide the time")]
     TooManyTicks {

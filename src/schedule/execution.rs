@@ -1,10 +1,11 @@
 //! The execution of a started command, until it has an answer.
 
-use std::sync::Weak;
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
 use tokio::sync::{Semaphore, watch};
-use tokio::time::{Instant, sleep};
+use tokio::time::{Instant, sleep, timeout};
 
 use super::command::StoredCommand;
 use crate::backoff::Backoff;
@@ -18,8 +19,19 @@ const IN_FLIGHT: usize = 1_024;
 /// Number of attempts at a command that fails without having an effect.
 const ATTEMPTS: u32 = 3;
 
-/// Number of attempts after which a retried command has a line in the log.
-const MENTIONED: u32 = 5;
+/// Number of attempts after which a command without an effect waits again, and for how long.
+const RETRIES: u32 = 5;
+const POSTPONED: Duration = Duration::from_secs(5);
+
+/// Longest wait for a permit. A slow target postpones the others of its commands.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Maximum number of commands in flight to one category or handler, so that a slow one does not hold
+/// up the others.
+const IN_FLIGHT_TO_TARGET: usize = 256;
+
+/// Maximum size in bytes of the reason for parking a command.
+const REASON: usize = 1_000;
 
 /// First and longest wait between two attempts.
 const BACKOFF: [Duration; 2] = [Duration::from_millis(50), Duration::from_secs(5)];
@@ -29,6 +41,8 @@ pub(super) struct Executor {
     commands: Weak<Dispatcher>,
     term: CurrentTerm,
     permits: Semaphore,
+    /// Permits by category or handler, as many as this node has sent commands to.
+    of_targets: Mutex<HashMap<String, Arc<Semaphore>>>,
 }
 
 /// The end of an execution.
@@ -38,13 +52,25 @@ pub(super) enum ExecutionEnd {
     Executed,
     /// It was rejected, or failed permanently.
     Parked(String),
+    /// It has had no effect, and waits again.
+    Postponed(Duration),
     /// The next owner of the lease sends it again.
     Left,
 }
 
 impl Executor {
     pub(super) fn new(commands: Weak<Dispatcher>, term: CurrentTerm) -> Self {
-        Self { commands, term, permits: Semaphore::new(IN_FLIGHT) }
+        Self { commands, term, permits: Semaphore::new(IN_FLIGHT), of_targets: Mutex::default() }
+    }
+
+    fn permits_of(&self, target: &str) -> Arc<Semaphore> {
+        let mut of_targets = self.of_targets.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(permits) = of_targets.get(target) {
+            return permits.clone();
+        }
+        let permits = Arc::new(Semaphore::new(IN_FLIGHT_TO_TARGET));
+        of_targets.insert(target.to_owned(), permits.clone());
+        permits
     }
 
     /// Executes a command.
@@ -62,20 +88,25 @@ impl Executor {
             Ok(command) => command,
             Err(reason) => return ExecutionEnd::Parked(format!("the command does not decode: {reason}")),
         };
-        let sending = async {
-            let mut attempts = Attempts::new(alone_at);
-            loop {
-                match self.attempt(&command, &mut attempts).await {
-                    Ok(end) => return end,
-                    Err(wait) => tokio::select! {
-                        () = sleep(wait) => {}
-                        // An error means that the node has ended.
-                        _ = stop.wait_for(|stop| *stop) => return ExecutionEnd::Left,
-                    },
-                }
+        let permits = self.permits_of(&command.name);
+        let mut attempts = Attempts::new(alone_at);
+        loop {
+            let both = async { (self.permits.acquire().await, permits.acquire().await) };
+            let permitted = tokio::select! {
+                permitted = timeout(PATIENCE, both) => permitted,
+                // An error means that the node has ended.
+                _ = stop.wait_for(|stop| *stop) => return ExecutionEnd::Left,
+            };
+            // The semaphores are never closed.
+            let Ok(_permits) = permitted else { return attempts.postpone() };
+            match self.attempt(&command, &mut attempts).await {
+                Ok(end) => return end,
+                Err(wait) => tokio::select! {
+                    () = sleep(wait) => {}
+                    _ = stop.wait_for(|stop| *stop) => return ExecutionEnd::Left,
+                },
             }
-        };
-        sending.await
+        }
     }
 
     /// Sends the command once. Returns the wait until the next attempt if this one did not end it.
@@ -84,8 +115,6 @@ impl Executor {
         command: &ErasedCommand,
         attempts: &mut Attempts,
     ) -> Result<ExecutionEnd, Duration> {
-        // The semaphore is never closed.
-        let _permit = self.permits.acquire().await;
         let Some(commands) = self.commands.upgrade() else { return Ok(ExecutionEnd::Left) };
         // A stale owner sends nothing, so that the next one knows when its attempts have ended.
         let term = self.term.held_since();
@@ -119,6 +148,13 @@ impl Attempts {
         Self { alone_at, failures: 0, retries: 0, backoff: Backoff::new(first, longest) }
     }
 
+    /// Returns the end of a command without a slot, or without a target for now.
+    ///
+    /// A command that may still take effect is not `waiting`, which could be cancelled.
+    fn postpone(&self) -> ExecutionEnd {
+        if Instant::now() < self.alone_at { ExecutionEnd::Left } else { ExecutionEnd::Postponed(POSTPONED) }
+    }
+
     /// Returns what an answer means: the end, or the wait until the next attempt.
     fn judge(
         &mut self,
@@ -133,28 +169,40 @@ impl Attempts {
             ErasedAnswer::Rejected { .. } if command.kind == Kind::Aggregate && sent_at < self.alone_at => {
                 Err(self.alone_at.saturating_duration_since(Instant::now()))
             }
-            ErasedAnswer::Rejected { message, .. } => Ok(ExecutionEnd::Parked(message)),
-            ErasedAnswer::Transient { reason, uncertain } => {
-                if uncertain {
-                    self.alone_at = self.alone_at.max(Instant::now() + ATTEMPT_ENDS);
-                }
+            ErasedAnswer::Rejected { message, .. } => Ok(ExecutionEnd::Parked(cut(message))),
+            ErasedAnswer::Transient { reason, uncertain: true } => {
+                self.alone_at = self.alone_at.max(Instant::now() + ATTEMPT_ENDS);
+                tracing::debug!(command = %command.id, reason, "retrying a scheduled command");
+                Err(self.backoff.next())
+            }
+            // Another node may handle it later.
+            ErasedAnswer::Unhandled { reason } | ErasedAnswer::Transient { reason, .. } => {
                 let wait = self.backoff.next();
                 self.retries = self.retries.saturating_add(1);
-                if self.retries == MENTIONED {
-                    tracing::warn!(command = %command.id, target_name = command.name, reason, "retrying a scheduled command");
+                if self.retries < RETRIES || Instant::now() < self.alone_at {
+                    return Err(wait);
                 }
-                Err(wait)
+                tracing::debug!(command = %command.id, to = command.name, reason, "postponing a command");
+                Ok(self.postpone())
+            }
+            // An earlier attempt may still take effect: its end decides.
+            ErasedAnswer::Failed { .. } if sent_at < self.alone_at => {
+                Err(self.alone_at.saturating_duration_since(Instant::now()))
             }
             ErasedAnswer::Failed { reason } => {
                 self.failures += 1;
                 if self.failures >= ATTEMPTS {
-                    Ok(ExecutionEnd::Parked(reason))
-                } else {
-                    Err(self.backoff.next())
+                    return Ok(ExecutionEnd::Parked(cut(reason)));
                 }
+                Err(self.backoff.next())
             }
         }
     }
+}
+
+fn cut(mut reason: String) -> String {
+    reason.truncate(reason.floor_char_boundary(REASON));
+    reason
 }
 
 #[cfg(test)]

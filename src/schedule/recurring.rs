@@ -10,10 +10,11 @@ use serde::Serialize;
 use uuid::Uuid;
 
 use super::change::{ATTEMPTS, change, store_time};
-use super::definition::{Definition, trigger_id};
+use super::definition::Definition;
 use super::error::ScheduleError;
 use super::ticks::{backfill, miss};
 use super::timing::Overlap;
+use crate::command_id;
 use crate::store::{EventStore, StoredSchedule, TimerDue};
 
 /// A recurring schedule, on any node. Cheap to clone.
@@ -144,7 +145,7 @@ impl ScheduleHandle {
         &self,
         mut edit: impl FnMut(&mut Definition) -> Result<bool, ScheduleError>,
     ) -> Result<(), ScheduleError> {
-        change(&*self.store, &self.name, |definition, _| Ok(edit(definition)?.then(Vec::new))).await
+        change(&*self.store, &self.name, |definition| Ok(edit(definition)?.then(Vec::new))).await
     }
 
     /// Executes the command once, now, also while the schedule is paused. Returns the command's id.
@@ -153,9 +154,8 @@ impl ScheduleHandle {
     /// If the schedule does not exist or the store failed. If the outcome is unknown, the command may
     /// be stored.
     pub async fn trigger(&self) -> Result<Uuid, ScheduleError> {
-        let mut id = Uuid::nil();
-        change(&*self.store, &self.name, |definition, revision| {
-            id = trigger_id(&self.name, revision);
+        let id = command_id::new();
+        change(&*self.store, &self.name, |definition| {
             definition.executed += 1;
             let due = TimerDue::After(Duration::ZERO);
             Ok(Some(vec![definition.command.to_store(id, due, Some(&self.name))?]))
@@ -166,8 +166,11 @@ impl ScheduleHandle {
 
     /// Executes the command for each tick in a time range, at most 1,000.
     ///
-    /// Ticks that have run already keep their command ids, so they take no second effect.
-    /// Returns the number of ticks.
+    /// A tick has the same command id as when it ran, so an aggregate takes no second effect, and
+    /// neither does a handler within
+    /// [`command_retention`](crate::CommandBus::command_retention). If the command of the schedule was
+    /// replaced since, such a tick is parked: its id belongs to the older command. Ticks after the
+    /// store's clock are left out. Returns the number of ticks.
     ///
     /// # Errors
     /// If the schedule does not exist, the range has too many ticks, or the store failed. The call
@@ -176,9 +179,10 @@ impl ScheduleHandle {
         // The first tick may be at the start of the range.
         let tiny = chrono::TimeDelta::microseconds(1);
         let before = range.start().checked_sub_signed(tiny).unwrap_or(*range.start());
+        let end = (*range.end()).min(store_time(&*self.store).await?);
         let mut count = 0;
-        change(&*self.store, &self.name, |definition, _| {
-            let commands = backfill(definition, &self.name, before, *range.end())?;
+        change(&*self.store, &self.name, |definition| {
+            let commands = backfill(definition, &self.name, before, end)?;
             count = commands.len();
             Ok(Some(commands).filter(|commands| !commands.is_empty()))
         })

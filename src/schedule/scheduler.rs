@@ -16,7 +16,7 @@ use self::term::SchedulerTerm;
 use super::status::{SchedulerState, SchedulerStatus};
 use crate::backoff::Backoff;
 use crate::future::BoxFuture;
-use crate::lease::HeldLease;
+use crate::lease::{HeldLease, Observation};
 use crate::supervised::{Inbox, StopError, Supervised, Work};
 
 /// Name of the lease, and of the actor.
@@ -85,8 +85,9 @@ async fn run(shared: Arc<Shared>, mut inbox: Inbox<()>) {
         shared.set(SchedulerState::Incompatible { reason });
         return inbox.stopping().await;
     }
+    let mut views = shared.services.lease_watcher.watch(LEASE);
     loop {
-        let Some(mut lease) = stand_by(&shared, &mut inbox).await else { return };
+        let Some(mut lease) = stand_by(&shared, &mut views, &mut inbox).await else { return };
         SchedulerTerm::new(&shared, &lease).run(&mut lease, &mut inbox).await;
         lease.release().await;
         if inbox.is_stopping() {
@@ -97,24 +98,31 @@ async fn run(shared: Arc<Shared>, mut inbox: Inbox<()>) {
 }
 
 /// Waits for the lease. Returns `None` if the node stops first.
-async fn stand_by(shared: &Shared, inbox: &mut Inbox<()>) -> Option<HeldLease> {
+async fn stand_by(
+    shared: &Shared,
+    views: &mut watch::Receiver<Observation>,
+    inbox: &mut Inbox<()>,
+) -> Option<HeldLease> {
     let SchedulerServices { lease_watcher, metrics, node, .. } = &shared.services;
     let mut backoff = Backoff::new(Duration::from_millis(50), Duration::from_secs(5));
-    let mut views = lease_watcher.watch(LEASE);
     loop {
         let mut wait = STANDBY_POLL;
         let view = views.borrow_and_update().view.clone();
-        if let Some(view) = view.filter(|view| view.owner(NAME).is_none_or(|owner| owner == *node)) {
+        let has_owner =
+            view.as_ref().is_some_and(|view| view.owner(NAME).is_some_and(|owner| owner != *node));
+        if let Some(view) = view.filter(|_| !has_owner) {
             let abandoned = view.abandoned(NAME);
             match HeldLease::take(lease_watcher.renewer(), NAME, *node, LEASE, abandoned, metrics).await {
                 Ok(Some(lease)) => return Some(lease),
-                Ok(None) => {}
+                Ok(None) => shared.set(SchedulerState::Standby),
                 Err(error) => {
                     tracing::warn!(%error, "could not acquire the lease of the scheduler");
                     shared.failed(error.to_string());
                     wait = backoff.next();
                 }
             }
+        } else if has_owner {
+            shared.set(SchedulerState::Standby);
         }
         tokio::select! {
             () = sleep(wait) => {}

@@ -26,7 +26,8 @@ const LATEST_YEAR: i32 = 9_998;
 /// # Time zones
 /// A cron line is read in a time zone of the IANA database that this program contains. On the day
 /// on which clocks go forward, a fixed time that does not exist, such as `30 2 * * *`, ticks once,
-/// at the end of the gap. On the day on which they go back, a fixed time that exists twice ticks
+/// at the end of the gap; if the gap ends at midnight, a line for one day of the week may have no
+/// tick. On the day on which clocks go back, a fixed time that exists twice ticks
 /// once, the first time. A line with several minutes or hours (`*`, lists, steps) ticks at every
 /// time that matches, and at none that does not exist.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -65,8 +66,8 @@ pub(super) enum Ticker {
 impl Schedule {
     /// Ticks when a cron line matches in a time zone.
     ///
-    /// The line has 5 fields (minute, hour, day of the month, month, day of the week), or 6 with the
-    /// second as the first one. `*`, lists, ranges, steps, names of months and days, `L`, `W`, `#`
+    /// The line has 5 fields (minute, hour, day of the month, month, day of the week), 6 with the
+    /// second as the first one, or 7 with the year as the last one. `*`, lists, ranges, steps, names of months and days, `L`, `W`, `#`
     /// and nicknames such as `@daily` are valid. If both days are restricted, either may match.
     ///
     /// # Errors

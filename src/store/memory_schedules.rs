@@ -13,10 +13,10 @@ use super::schedule_arguments::{
     page_length, sort_by_due,
 };
 use super::scheduled::{
-    CommandEnd, DueCommands, DueSchedules, NewScheduledCommand, ScheduledCommand, ScheduledQuery,
-    ScheduledState, StoredSchedule,
+    DueCommands, DueSchedules, NewScheduledCommand, ScheduledCommand, ScheduledEnd, ScheduledOutcome,
+    ScheduledQuery, ScheduledState, StoredSchedule,
 };
-use super::timer::{check_text, storable};
+use super::timer::{TimerDue, check_text, storable};
 
 /// The scheduled commands and schedules of a store in memory, with the checks of the databases.
 #[derive(Debug, Default)]
@@ -65,18 +65,23 @@ impl MemorySchedules {
         Ok(DueCommands::new(commands, now, self.waiting.first().map(|(due_at, _)| *due_at)))
     }
 
-    pub(super) fn end_commands(&mut self, ends: Vec<CommandEnd>) -> Result<(), StoreError> {
-        for (id, parked) in checked_ends(ends)? {
+    pub(super) fn end_commands(&mut self, ends: Vec<ScheduledEnd>) -> Result<(), StoreError> {
+        for (id, outcome) in checked_ends(ends)? {
             let Some(command) = self.commands.get_mut(&id) else { continue };
-            if command.state != ScheduledState::Started {
-                continue;
-            }
-            match parked {
-                Some(reason) => {
+            match (command.state, outcome) {
+                (ScheduledState::Started | ScheduledState::Parked, ScheduledOutcome::Executed) => {
+                    self.commands.remove(&id);
+                }
+                (ScheduledState::Started, ScheduledOutcome::Parked(reason)) => {
                     command.state = ScheduledState::Parked;
                     command.reason = Some(reason);
                 }
-                None => drop(self.commands.remove(&id)),
+                (ScheduledState::Started, ScheduledOutcome::Postponed(wait)) => {
+                    command.state = ScheduledState::Waiting;
+                    command.due_at = TimerDue::After(wait).time(Utc::now());
+                    self.waiting.insert((command.due_at, id));
+                }
+                _ => {}
             }
         }
         Ok(())

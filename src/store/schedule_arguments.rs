@@ -7,11 +7,12 @@ use uuid::Uuid;
 
 use super::error::StoreError;
 use super::scheduled::{
-    CommandEnd, DueCommands, DueSchedules, NewScheduledCommand, ScheduledCommand, ScheduledQuery,
-    StoredSchedule,
+    DueCommands, DueSchedules, NewScheduledCommand, ScheduledCommand, ScheduledEnd, ScheduledOutcome,
+    ScheduledQuery, StoredSchedule,
 };
 use super::timer::{check_text, storable};
 use crate::event::text_problem;
+use crate::invalid_option::DAY;
 
 pub(super) const SCHEDULING: &str = "scheduling commands";
 pub(super) const STARTING: &str = "starting due commands";
@@ -168,11 +169,15 @@ pub(super) fn checked_schedule(schedule: StoredSchedule) -> Result<StoredSchedul
 ///
 /// # Errors
 /// `Invalid`.
-pub(super) fn checked_ends(ends: Vec<CommandEnd>) -> Result<BTreeMap<Uuid, Option<String>>, StoreError> {
+pub(super) fn checked_ends(ends: Vec<ScheduledEnd>) -> Result<BTreeMap<Uuid, ScheduledOutcome>, StoreError> {
     check_limit(ENDING, ends.len(), ScheduledCommand::MAX_LIMIT, "make several calls")?;
     let mut checked = BTreeMap::new();
-    for CommandEnd { id, parked } in ends {
-        checked.entry(id).or_insert_with(|| parked.map(storable_reason));
+    for ScheduledEnd { id, outcome } in ends {
+        checked.entry(id).or_insert_with(|| match outcome {
+            ScheduledOutcome::Parked(reason) => ScheduledOutcome::Parked(storable_reason(reason)),
+            ScheduledOutcome::Postponed(wait) => ScheduledOutcome::Postponed(wait.min(DAY)),
+            ScheduledOutcome::Executed => ScheduledOutcome::Executed,
+        });
     }
     Ok(checked)
 }

@@ -4,7 +4,7 @@ use uuid::Uuid;
 
 use super::error::StoreError;
 use super::scheduled::{
-    CommandEnd, DueCommands, DueSchedules, NewScheduledCommand, ScheduledCommand, ScheduledQuery,
+    DueCommands, DueSchedules, NewScheduledCommand, ScheduledCommand, ScheduledEnd, ScheduledQuery,
     StoredSchedule,
 };
 use crate::future::BoxFuture;
@@ -12,7 +12,7 @@ use crate::future::BoxFuture;
 /// The part of an event store that keeps scheduled commands and recurring schedules.
 ///
 /// A command is *waiting* until it is due, then *started* by one caller. The end of its execution
-/// deletes it, or *parks* it for an operator. A command that was started and never ended stays
+/// deletes it, or *parks* it for an operator. A command that cannot be executed yet waits again. A command that was started and never ended stays
 /// started: [`scheduled_commands`](Self::scheduled_commands) finds it, and executing it again is safe
 /// because its id stays the same.
 ///
@@ -53,14 +53,15 @@ pub trait ScheduleStore: Send + Sync + 'static {
     /// `Invalid` if `limit` is above 10,000 ([`ScheduledCommand::MAX_LIMIT`]).
     fn start_due_commands(&self, limit: usize) -> BoxFuture<'_, Result<DueCommands, StoreError>>;
 
-    /// Deletes or parks started commands, all in one transaction or none.
+    /// Deletes, parks or postpones started commands, all in one transaction or none.
     ///
-    /// Ignores a command that is not started or does not exist. If a call contains an id twice, the
+    /// Ignores a command that is not started or does not exist; an executed one is deleted although
+    /// it is parked. If a call contains an id twice, the
     /// first end counts. The call is idempotent: after an error without a known outcome, repeat it.
     ///
     /// # Errors
     /// `Invalid` for more than 10,000 ends ([`ScheduledCommand::MAX_LIMIT`]).
-    fn end_commands(&self, ends: Vec<CommandEnd>) -> BoxFuture<'_, Result<(), StoreError>>;
+    fn end_commands(&self, ends: Vec<ScheduledEnd>) -> BoxFuture<'_, Result<(), StoreError>>;
 
     /// Deletes a waiting or parked command, and returns it as it was before.
     ///

@@ -76,13 +76,24 @@ pub struct DueCommands {
 
 /// The end of a started command.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct CommandEnd {
+pub struct ScheduledEnd {
     /// Id of the command.
     pub id: Uuid,
-    /// Reason for parking the command; `None` deletes it.
+    /// What becomes of it.
+    pub outcome: ScheduledOutcome,
+}
+
+/// What becomes of a started command.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ScheduledOutcome {
+    /// The command took effect: it is deleted, also if an earlier owner has parked it.
+    Executed,
+    /// The command is parked for this reason.
     ///
     /// The store cuts it at 4,000 bytes and replaces NUL characters.
-    pub parked: Option<String>,
+    Parked(String),
+    /// The command waits again, for this long, at most 1 day.
+    Postponed(Duration),
 }
 
 /// A selection of stored commands; the default selects all.

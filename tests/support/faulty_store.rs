@@ -6,11 +6,11 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use storied::store::{
-    Append, AppendError, Appended, BoxFuture, Checkpoint, CheckpointError, CheckpointKey, CommandEnd,
-    ControlChange, DueCommands, DueSchedules, ExpectedVersion, Lease, LeaseInfo, LogPage,
-    NewScheduledCommand, ParkedEvent, ProgressWrite, ProjectionControl, PublisherCheckpoint, ReadLog,
-    Request, ScheduleStore, ScheduledCommand, ScheduledQuery, Snapshot, StoreError, StoreInfo,
-    StoredProjection, StoredRequest, StoredSchedule,
+    Append, AppendError, Appended, BoxFuture, Checkpoint, CheckpointError, CheckpointKey, ControlChange,
+    DueCommands, DueSchedules, ExpectedVersion, Lease, LeaseInfo, LogPage, NewScheduledCommand, ParkedEvent,
+    ProgressWrite, ProjectionControl, PublisherCheckpoint, ReadLog, Request, ScheduleStore, ScheduledCommand,
+    ScheduledEnd, ScheduledQuery, Snapshot, StoreError, StoreInfo, StoredProjection, StoredRequest,
+    StoredSchedule,
 };
 use storied::{EventStore, MemoryStore, NewEvent, Position, RecordedEvent, StreamId, Version};
 use tokio::sync::watch;
@@ -490,7 +490,7 @@ impl ScheduleStore for FaultyStore {
         by_chance!(self, self.inner.start_due_commands(limit))
     }
 
-    fn end_commands(&self, ends: Vec<CommandEnd>) -> BoxFuture<'_, Result<(), StoreError>> {
+    fn end_commands(&self, ends: Vec<ScheduledEnd>) -> BoxFuture<'_, Result<(), StoreError>> {
         by_chance!(self, self.inner.end_commands(ends))
     }
 

@@ -111,12 +111,19 @@ async fn list(store: &Arc<dyn EventStore>, args: &List, out: &mut Output) -> Res
         let within = TimeDelta::from_std(within).unwrap_or(TimeDelta::MAX);
         Utc::now().checked_add_signed(within).unwrap_or(DateTime::<Utc>::MAX_UTC)
     });
-    let mut schedules = Vec::new();
+    let (mut schedules, mut undecodable) = (Vec::new(), Vec::new());
     let mut after = None::<String>;
     loop {
         let page = store.schedules(after.as_deref(), PAGE).await?;
         for stored in &page {
-            let status = ScheduleStatus::of(stored)?;
+            let status = match ScheduleStatus::of(stored) {
+                Ok(status) => status,
+                // For example because a newer version wrote it.
+                Err(error) => {
+                    undecodable.push(error.to_string());
+                    continue;
+                }
+            };
             if end.is_none_or(|end| status.next_at.is_some_and(|at| at <= end)) {
                 schedules.push(status);
             }
@@ -127,7 +134,13 @@ async fn list(store: &Arc<dyn EventStore>, args: &List, out: &mut Output) -> Res
         }
     }
     if out.json {
-        return out.value(&json!({ "schedules": schedules }));
+        return out.value(&json!({ "schedules": schedules, "undecodable": undecodable }));
+    }
+    for error in &undecodable {
+        out.line(error)?;
+    }
+    if schedules.is_empty() && !undecodable.is_empty() {
+        return Ok(());
     }
     if schedules.is_empty() {
         return out.line(match args.upcoming {
@@ -139,7 +152,8 @@ async fn list(store: &Arc<dyn EventStore>, args: &List, out: &mut Output) -> Res
     let row = |status: ScheduleStatus| {
         let next = match status.next_at {
             Some(at) => format!("{} ({})", due(at), left(at - now)),
-            None => "paused".to_owned(),
+            None if status.paused => "paused".to_owned(),
+            None => "none".to_owned(),
         };
         [
             status.name,

@@ -102,16 +102,14 @@ async fn list(store: &Arc<dyn EventStore>, args: List, out: &mut Output) -> Resu
     let limit = usize::from(args.limit);
     let query = ScheduledQuery { state: args.state.map(Into::into), schedule: args.schedule };
     let mut commands = Vec::new();
-    loop {
-        let page = store.scheduled_commands(&query, commands.last(), limit + 1 - commands.len()).await?;
-        let ended = page.is_empty();
-        commands.extend(page);
-        if ended || commands.len() > limit {
+    while commands.len() < limit {
+        let page = store.scheduled_commands(&query, commands.last(), limit - commands.len()).await?;
+        if page.is_empty() {
             break;
         }
+        commands.extend(page);
     }
-    let more = commands.len() > limit;
-    commands.truncate(limit);
+    let more = !store.scheduled_commands(&query, commands.last(), 1).await?.is_empty();
     let commands: Vec<_> = commands.into_iter().map(ScheduledStatus::from).collect();
     if out.json {
         return out.value(&json!({ "commands": commands, "more": more }));

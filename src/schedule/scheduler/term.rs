@@ -1,9 +1,11 @@
 //! The term of a scheduler: starts what is due while this node holds the lease.
 
 use std::collections::HashMap;
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::FutureExt;
 use tokio::sync::watch;
 use tokio::task::{JoinError, JoinSet};
 use tokio::time::{Instant, sleep_until};
@@ -18,18 +20,24 @@ use super::shared::Shared;
 use crate::backoff::Backoff;
 use crate::command::ATTEMPT_ENDS;
 use crate::lease::{CurrentTerm, HeldLease};
+use crate::panic::panic_text;
 use crate::rate_limit::LogLimit;
 use crate::store::{
-    CommandEnd, EventStore, ScheduledCommand, ScheduledQuery, ScheduledState, StoreError, StoredSchedule,
+    EventStore, ScheduledCommand, ScheduledEnd, ScheduledOutcome, ScheduledQuery, ScheduledState, StoreError,
+    StoredSchedule,
 };
 use crate::supervised::Inbox;
 
 /// Longest interval between two reads of what is due: another node may have scheduled something.
 const POLL: Duration = Duration::from_millis(500);
 
+/// Interval between two searches for commands that are started and not in memory: a call of an earlier
+/// owner, or one without an answer, may have started them later.
+const SEARCH: Duration = Duration::from_secs(15);
+
 /// Maximum number of commands that a call starts or reads, and of schedules.
 const PAGE: usize = 500;
-const SCHEDULES: usize = 100;
+const SCHEDULES: usize = 1_000;
 
 /// Maximum number of started commands in memory, and of the bytes of their bodies.
 const HELD: usize = 4_096;
@@ -40,21 +48,22 @@ pub(super) struct SchedulerTerm<'a> {
     shared: &'a Shared,
     executor: Arc<Executor>,
     term: CurrentTerm,
-    /// Time from which no earlier owner's attempts can take effect any more.
-    alone_at: Instant,
     running: JoinSet<(Uuid, ExecutionEnd)>,
     /// Sizes of the started commands in memory, by id, until their ends are stored.
     held: HashMap<Uuid, usize>,
     held_bytes: usize,
     /// Ends that are still to be stored.
-    ends: Vec<CommandEnd>,
+    ends: Vec<ScheduledEnd>,
     /// Where the search for started commands continues; `None` after its end.
     search: Option<Search>,
+    /// Time of the next search.
+    search_at: Instant,
     /// Time of the next look for due commands, and for due schedules.
     commands_at: Instant,
     schedules_at: Instant,
     stop: watch::Sender<bool>,
     undecodable: LogLimit,
+    parked: LogLimit,
 }
 
 /// The search for commands that an earlier owner, or a failed call, has started.
@@ -71,16 +80,17 @@ impl<'a> SchedulerTerm<'a> {
             shared,
             executor: Arc::new(Executor::new(shared.services.commands.clone(), term.clone())),
             term,
-            alone_at: now + ATTEMPT_ENDS,
             running: JoinSet::new(),
             held: HashMap::new(),
             held_bytes: 0,
             ends: Vec::new(),
-            search: Some(Search::default()),
+            search: None,
+            search_at: now,
             commands_at: now,
             schedules_at: now,
             stop: watch::Sender::new(false),
             undecodable: LogLimit::each_minute(),
+            parked: LogLimit::each_minute(),
         }
     }
 
@@ -90,13 +100,17 @@ impl<'a> SchedulerTerm<'a> {
     pub(super) async fn run(mut self, lease: &mut HeldLease, inbox: &mut Inbox<()>) {
         let mut backoff = Backoff::new(Duration::from_millis(50), Duration::from_secs(5));
         loop {
-            let step = self.step().await;
+            let step = tokio::select! {
+                step = self.step() => step,
+                // The next owner finds what a dropped call has started.
+                () = inbox.stopping() => return self.finish().await,
+            };
             let failed = step.is_err();
             let wait_until = match step {
                 Ok(()) => {
                     backoff.succeeded();
                     self.shared.set(SchedulerState::Running);
-                    self.commands_at.min(self.schedules_at)
+                    self.commands_at.min(self.schedules_at).min(self.search_at)
                 }
                 Err(error) => {
                     let wait = backoff.next();
@@ -127,15 +141,19 @@ impl<'a> SchedulerTerm<'a> {
     }
 
     async fn step(&mut self) -> Result<(), StoreError> {
-        self.store_ends().await?;
         // Compares clocks of this process only, so it is right also after a pause.
         if self.term.held_since().is_none() {
-            (self.commands_at, self.schedules_at) = (Instant::now() + POLL, Instant::now() + POLL);
+            let later = Instant::now() + POLL;
+            (self.commands_at, self.schedules_at, self.search_at) = (later, later, later);
+            self.forget_unsure_ends();
+        }
+        self.store_ends().await?;
+        if self.term.held_since().is_none() {
             return Ok(());
         }
         self.search().await?;
-        self.tick().await?;
         self.start().await?;
+        self.tick().await?;
         self.shared.status.send_if_modified(|status| {
             let changed = status.started != self.held.len();
             status.started = self.held.len();
@@ -146,25 +164,36 @@ impl<'a> SchedulerTerm<'a> {
 
     /// Records the end of an execution.
     fn ended(&mut self, ended: Result<(Uuid, ExecutionEnd), JoinError>) {
-        let (id, parked) = match ended {
-            Ok((id, ExecutionEnd::Executed)) => (id, None),
-            Ok((id, ExecutionEnd::Parked(reason))) => (id, Some(reason)),
+        let (id, outcome) = match ended {
+            Ok((id, ExecutionEnd::Executed)) => (id, ScheduledOutcome::Executed),
+            Ok((id, ExecutionEnd::Parked(reason))) => (id, ScheduledOutcome::Parked(reason)),
+            Ok((id, ExecutionEnd::Postponed(wait))) => (id, ScheduledOutcome::Postponed(wait)),
             // The search finds it by its state, in this term or in the next one.
-            Ok((id, ExecutionEnd::Left)) => {
-                self.forget(id);
-                self.search = Some(Search::default());
-                return;
-            }
-            Err(error) => return tracing::error!(%error, "the execution of a scheduled command panicked"),
+            Ok((id, ExecutionEnd::Left)) => return self.forget(id),
+            // Executions catch panics, and only the end of the term aborts them.
+            Err(error) => return tracing::error!(%error, "the execution of a scheduled command has no end"),
         };
-        self.shared.status.send_modify(|status| match &parked {
-            None => status.executed += 1,
-            Some(reason) => {
+        self.shared.status.send_modify(|status| match &outcome {
+            ScheduledOutcome::Executed => status.executed += 1,
+            ScheduledOutcome::Parked(reason) => {
                 status.parked += 1;
-                tracing::warn!(command = %id, reason, "parked a scheduled command");
+                if let Some(count) = self.parked.add(1) {
+                    tracing::warn!(command = %id, reason, count, "parked a scheduled command");
+                }
             }
+            ScheduledOutcome::Postponed(_) => {}
         });
-        self.ends.push(CommandEnd { id, parked });
+        self.ends.push(ScheduledEnd { id, outcome });
+    }
+
+    /// Keeps only the ends that are true whatever the next owner has done meanwhile.
+    fn forget_unsure_ends(&mut self) {
+        for end in std::mem::take(&mut self.ends) {
+            match end.outcome {
+                ScheduledOutcome::Executed => self.ends.push(end),
+                _ => self.forget(end.id),
+            }
+        }
     }
 
     async fn store_ends(&mut self) -> Result<(), StoreError> {
@@ -188,6 +217,10 @@ impl<'a> SchedulerTerm<'a> {
 
     /// Continues the commands that an earlier owner, or a failed call, has started.
     async fn search(&mut self) -> Result<(), StoreError> {
+        if Instant::now() >= self.search_at {
+            self.search_at = Instant::now() + SEARCH;
+            self.search.get_or_insert_default();
+        }
         let query = ScheduledQuery { state: Some(ScheduledState::Started), schedule: None };
         while let Some(search) = &self.search
             && !self.is_full()
@@ -195,8 +228,10 @@ impl<'a> SchedulerTerm<'a> {
             let store = self.shared.services.store.clone();
             let page = store.scheduled_commands(&query, search.after.as_ref(), PAGE).await?;
             self.search = page.last().map(|last| Search { after: Some(last.clone()) });
+            // An earlier owner may have sent them just before.
+            let alone_at = Instant::now() + ATTEMPT_ENDS;
             for command in page {
-                self.execute(command, self.alone_at);
+                self.execute(command, alone_at);
             }
         }
         Ok(())
@@ -211,7 +246,12 @@ impl<'a> SchedulerTerm<'a> {
         let due = store.due_schedules(SCHEDULES).await?;
         let mut ticked = false;
         for schedule in &due.schedules {
-            match tick_schedule(&*store, schedule, due.now).await? {
+            let tick = match tick_schedule(&*store, schedule, due.now).await {
+                Err(error) if error.is_transient() => return Err(error),
+                Err(error) => Err(error.to_string()),
+                Ok(tick) => tick,
+            };
+            match tick {
                 Ok(ticks) => {
                     ticked = true;
                     self.shared.status.send_modify(|status| status.ticks += ticks);
@@ -223,7 +263,12 @@ impl<'a> SchedulerTerm<'a> {
             }
         }
         let now = Instant::now();
-        self.schedules_at = if ticked { now } else { now + due.next_in.unwrap_or(POLL).min(POLL) };
+        self.schedules_at = match (ticked, due.schedules.is_empty()) {
+            (true, _) => now,
+            (false, true) => now + due.next_in.unwrap_or(POLL).min(POLL),
+            // None of them can tick.
+            (false, false) => now + POLL,
+        };
         if ticked {
             self.commands_at = now;
         }
@@ -236,14 +281,10 @@ impl<'a> SchedulerTerm<'a> {
             return Ok(());
         }
         if self.is_full() {
-            // The end of a command is the next occasion.
-            self.commands_at = Instant::now() + POLL;
+            self.commands_at = Instant::now() + POLL / 10;
             return Ok(());
         }
-        let page = self.shared.services.store.start_due_commands(PAGE).await.inspect_err(|_| {
-            // The call may have started commands.
-            self.search = Some(Search::default());
-        })?;
+        let page = self.shared.services.store.start_due_commands(PAGE).await?;
         let now = Instant::now();
         self.commands_at = now + page.next_in.unwrap_or(POLL).min(POLL);
         for command in page.commands {
@@ -260,7 +301,14 @@ impl<'a> SchedulerTerm<'a> {
         self.held.insert(id, size);
         self.held_bytes += size;
         let (executor, stop) = (self.executor.clone(), self.stop.subscribe());
-        self.running.spawn(async move { (id, executor.execute(&command, alone_at, stop).await) });
+        self.running.spawn(async move {
+            let execution = AssertUnwindSafe(executor.execute(&command, alone_at, stop)).catch_unwind();
+            let end = execution.await.unwrap_or_else(|panic| {
+                tracing::error!(command = %id, panic = panic_text(&*panic), "the execution of a command panicked");
+                ExecutionEnd::Left
+            });
+            (id, end)
+        });
     }
 
     /// Waits for the commands in flight, and stores their ends. The actor limits the time.
@@ -268,6 +316,13 @@ impl<'a> SchedulerTerm<'a> {
         self.stop.send_replace(true);
         while let Some(ended) = self.running.join_next().await {
             self.ended(ended);
+            if self.term.held_since().is_some() {
+                // A failure is repeated with the next end.
+                let _ = self.store_ends().await;
+            }
+        }
+        if self.term.held_since().is_none() {
+            self.forget_unsure_ends();
         }
         if let Err(error) = self.store_ends().await {
             tracing::warn!(%error, "could not store the ends of scheduled commands; the next owner sends them again");

@@ -4,7 +4,7 @@ use uuid::Uuid;
 
 use super::super::schedule_store::ScheduleStore;
 use super::super::scheduled::{
-    CommandEnd, DueCommands, DueSchedules, NewScheduledCommand, ScheduledCommand, ScheduledQuery,
+    DueCommands, DueSchedules, NewScheduledCommand, ScheduledCommand, ScheduledEnd, ScheduledQuery,
     StoredSchedule,
 };
 use super::super::{BoxFuture, StoreError};
@@ -22,7 +22,7 @@ impl ScheduleStore for MemoryStore {
         Box::pin(async move { self.data().schedules.start_due_commands(limit) })
     }
 
-    fn end_commands(&self, ends: Vec<CommandEnd>) -> BoxFuture<'_, Result<(), StoreError>> {
+    fn end_commands(&self, ends: Vec<ScheduledEnd>) -> BoxFuture<'_, Result<(), StoreError>> {
         Box::pin(async move { self.data().schedules.end_commands(ends) })
     }
 

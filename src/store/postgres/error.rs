@@ -135,6 +135,19 @@ pub(crate) fn set_back(doing: &str, message: &str) -> StoreError {
     }
 }
 
+/// As [`failed`], for a write that a caller repeats under the same id.
+///
+/// `OutcomeUnknown` if the write may have taken effect.
+pub(super) fn failed_write(doing: &str, error: sqlx::Error) -> StoreError {
+    let class = class_of(&error);
+    match failed(doing, error) {
+        StoreError::Unavailable { reason, source } if class == ErrorClass::Unknown => {
+            StoreError::OutcomeUnknown { reason, source }
+        }
+        other => other,
+    }
+}
+
 /// Converts an error that occurred while `doing` something.
 pub(crate) fn failed(doing: &str, error: sqlx::Error) -> StoreError {
     match &error {

@@ -14,13 +14,14 @@ use super::super::schedule_arguments::{
     check_commands, check_query, checked_ends,
 };
 use super::super::scheduled::{
-    CommandEnd, DueCommands, NewScheduledCommand, ScheduledCommand, ScheduledQuery, ScheduledState,
+    DueCommands, NewScheduledCommand, ScheduledCommand, ScheduledEnd, ScheduledOutcome, ScheduledQuery,
+    ScheduledState,
 };
 use super::super::timer::{TimerDue, cursor_time, storable};
 use super::connection::Session;
 use super::convert::micros;
 use super::durability;
-use super::error::failed;
+use super::error::{failed, failed_write};
 use super::inner::PgInner;
 
 const TABLE: &str = "scheduled_commands";
@@ -50,7 +51,7 @@ pub(super) async fn schedule_commands(
     if batch.commands.is_empty() {
         return Ok(Vec::new());
     }
-    let scheduling = |error| failed(SCHEDULING, error);
+    let scheduling = |error| failed_write(SCHEDULING, error);
     let mut session = core.connections.get(SCHEDULING).await?;
     let rows = bind_commands(sqlx::query(core.sql.schedule_commands.clone()), &batch)
         .persistent(core.connections.persistent())
@@ -119,15 +120,24 @@ fn to_limit(limit: usize) -> i64 {
     i64::try_from(limit).unwrap_or(i64::MAX)
 }
 
-pub(super) async fn end_commands(core: &Arc<PgInner>, ends: Vec<CommandEnd>) -> Result<(), StoreError> {
+pub(super) async fn end_commands(core: &Arc<PgInner>, ends: Vec<ScheduledEnd>) -> Result<(), StoreError> {
     let ends = checked_ends(ends)?;
     if ends.is_empty() {
         return Ok(());
     }
+    let reason = |outcome: &_| match outcome {
+        ScheduledOutcome::Parked(reason) => Some(reason.clone()),
+        _ => None,
+    };
+    let wait = |outcome: &_| match outcome {
+        ScheduledOutcome::Postponed(wait) => Some(micros(*wait)),
+        _ => None,
+    };
     let mut session = core.connections.get(ENDING).await?;
     let changed: i64 = sqlx::query_scalar(core.sql.end_commands.clone())
         .bind(ends.keys().copied().collect::<Vec<_>>())
-        .bind(ends.values().map(Option::as_deref).collect::<Vec<_>>())
+        .bind(ends.values().map(reason).collect::<Vec<_>>())
+        .bind(ends.values().map(wait).collect::<Vec<_>>())
         .persistent(core.connections.persistent())
         .fetch_one(&mut *session)
         .await

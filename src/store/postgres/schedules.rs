@@ -14,14 +14,14 @@ use super::super::schedule_arguments::{
 };
 use super::super::schedule_store::ScheduleStore;
 use super::super::scheduled::{
-    CommandEnd, DueCommands, DueSchedules, NewScheduledCommand, ScheduledCommand, ScheduledQuery,
+    DueCommands, DueSchedules, NewScheduledCommand, ScheduledCommand, ScheduledEnd, ScheduledQuery,
     StoredSchedule,
 };
 use super::super::timer::check_text;
 use super::super::{BoxFuture, StoreError};
 use super::PostgresStore;
 use super::convert::to_sql;
-use super::error::failed;
+use super::error::{failed, failed_write};
 use super::inner::PgInner;
 use super::scheduled_commands::{self, bind_commands, confirm_unless};
 
@@ -30,7 +30,7 @@ async fn write_schedule(
     schedule: StoredSchedule,
     commands: Vec<NewScheduledCommand>,
 ) -> Result<bool, StoreError> {
-    let writing = |error| failed(WRITING_SCHEDULE, error);
+    let writing = |error| failed_write(WRITING_SCHEDULE, error);
     let schedule = checked_schedule(schedule)?;
     let batch = CommandBatch::new(WRITING_SCHEDULE, commands)?;
     let mut session = core.connections.get(WRITING_SCHEDULE).await?;
@@ -144,7 +144,7 @@ impl ScheduleStore for PostgresStore {
         self.commit(STARTING, scheduled_commands::start_due_commands(&self.shared.core, limit))
     }
 
-    fn end_commands(&self, ends: Vec<CommandEnd>) -> BoxFuture<'_, Result<(), StoreError>> {
+    fn end_commands(&self, ends: Vec<ScheduledEnd>) -> BoxFuture<'_, Result<(), StoreError>> {
         self.commit(ENDING, scheduled_commands::end_commands(&self.shared.core, ends))
     }
 

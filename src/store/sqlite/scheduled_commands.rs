@@ -12,8 +12,10 @@ use super::super::columns::Columns;
 use super::super::schedule_arguments::{
     CANCELLING, CommandBatch, ENDING, LISTING_COMMANDS, RETRYING, STARTING, sort_by_due,
 };
-use super::super::scheduled::{DueCommands, ScheduledCommand, ScheduledQuery, ScheduledState};
-use super::super::timer::cursor_time;
+use super::super::scheduled::{
+    DueCommands, ScheduledCommand, ScheduledOutcome, ScheduledQuery, ScheduledState,
+};
+use super::super::timer::{TimerDue, cursor_time};
 use super::convert::now;
 use super::error::failed;
 
@@ -56,12 +58,18 @@ const START: &str = "
 /// Parameter: a list of ids.
 const DELETE_ENDED: &str = "
     DELETE FROM storied_scheduled_commands
-    WHERE id IN (SELECT unhex(value) FROM json_each(?1)) AND +state = 'started'";
+    WHERE id IN (SELECT unhex(value) FROM json_each(?1)) AND +state <> 'waiting'";
 
 /// Parameter: a list of id and reason.
 const PARK: &str = "
     UPDATE storied_scheduled_commands SET state = 'parked', reason = ended.reason
     FROM (SELECT unhex(value ->> 0) AS id, value ->> 1 AS reason FROM json_each(?1)) AS ended
+    WHERE storied_scheduled_commands.id = ended.id AND +state = 'started'";
+
+/// Parameter: a list of id and due time.
+const POSTPONE: &str = "
+    UPDATE storied_scheduled_commands SET state = 'waiting', due_at = ended.due_at
+    FROM (SELECT unhex(value ->> 0) AS id, value ->> 1 AS due_at FROM json_each(?1)) AS ended
     WHERE storied_scheduled_commands.id = ended.id AND +state = 'started'";
 
 const CANCEL: &str = "DELETE FROM storied_scheduled_commands WHERE id = ?1 AND +state <> 'started'";
@@ -187,16 +195,21 @@ fn to_limit(limit: usize) -> i64 {
 
 pub(super) async fn end_commands(
     connection: &mut SqliteConnection,
-    ends: BTreeMap<Uuid, Option<String>>,
+    ends: BTreeMap<Uuid, ScheduledOutcome>,
 ) -> Result<(), StoreError> {
-    let (mut deleted, mut parked) = (Vec::new(), Vec::new());
-    for (id, reason) in &ends {
-        match reason {
-            None => deleted.push(hex(id)),
-            Some(reason) => parked.push((hex(id), reason)),
+    let (mut deleted, mut parked, mut postponed) = (Vec::new(), Vec::new(), Vec::new());
+    let now = Utc::now();
+    for (id, outcome) in &ends {
+        match outcome {
+            ScheduledOutcome::Executed => deleted.push(hex(id)),
+            ScheduledOutcome::Parked(reason) => parked.push((hex(id), reason)),
+            ScheduledOutcome::Postponed(wait) => {
+                postponed.push((hex(id), TimerDue::After(*wait).time(now).timestamp_micros()));
+            }
         }
     }
-    for (statement, list) in [(DELETE_ENDED, json(ENDING, &deleted)?), (PARK, json(ENDING, &parked)?)] {
+    let lists = [json(ENDING, &deleted)?, json(ENDING, &parked)?, json(ENDING, &postponed)?];
+    for (statement, list) in [DELETE_ENDED, PARK, POSTPONE].into_iter().zip(lists) {
         sqlx::query(statement)
             .bind(list)
             .execute(&mut *connection)
@@ -306,6 +319,7 @@ mod tests {
             (START, vec!["autoindex_storied_scheduled_commands_1 (id=?)", "by_due (state=? AND due_at<?)"]),
             (DELETE_ENDED, vec!["autoindex_storied_scheduled_commands_1 (id=?)"]),
             (PARK, vec!["autoindex_storied_scheduled_commands_1 (id=?)"]),
+            (POSTPONE, vec!["autoindex_storied_scheduled_commands_1 (id=?)"]),
             (CANCEL, vec!["autoindex_storied_scheduled_commands_1 (id=?)"]),
             (RETRY, vec!["autoindex_storied_scheduled_commands_1 (id=?)"]),
             (PAGE, vec!["by_due (state=? AND (due_at,id)>(?,?))"; 3]),

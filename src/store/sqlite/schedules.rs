@@ -12,7 +12,7 @@ use super::super::schedule_arguments::{
 };
 use super::super::schedule_store::ScheduleStore;
 use super::super::scheduled::{
-    CommandEnd, DueCommands, DueSchedules, NewScheduledCommand, ScheduledCommand, ScheduledQuery,
+    DueCommands, DueSchedules, NewScheduledCommand, ScheduledCommand, ScheduledEnd, ScheduledQuery,
     StoredSchedule,
 };
 use super::super::timer::check_text;
@@ -180,7 +180,7 @@ impl ScheduleStore for SqliteStore {
         })
     }
 
-    fn end_commands(&self, ends: Vec<CommandEnd>) -> BoxFuture<'_, Result<(), StoreError>> {
+    fn end_commands(&self, ends: Vec<ScheduledEnd>) -> BoxFuture<'_, Result<(), StoreError>> {
         Box::pin(async move {
             let ends = checked_ends(ends)?;
             if ends.is_empty() {

@@ -8,8 +8,8 @@ use uuid::Uuid;
 
 use super::Database;
 use crate::store::{
-    CommandEnd, DueCommands, EventStore, NewScheduledCommand, ScheduledCommand, ScheduledQuery,
-    ScheduledState, StoreError, TimerDue,
+    DueCommands, EventStore, NewScheduledCommand, ScheduledCommand, ScheduledEnd, ScheduledOutcome,
+    ScheduledQuery, ScheduledState, StoreError, TimerDue,
 };
 
 pub(super) const NOW: TimerDue = TimerDue::After(Duration::ZERO);
@@ -58,12 +58,12 @@ pub(super) async fn start(store: &dyn EventStore, limit: usize) -> DueCommands {
     started
 }
 
-pub(super) fn done(number: u128) -> CommandEnd {
-    CommandEnd { id: id(number), parked: None }
+pub(super) fn done(number: u128) -> ScheduledEnd {
+    ScheduledEnd { id: id(number), outcome: ScheduledOutcome::Executed }
 }
 
-pub(super) fn parked(number: u128, reason: &str) -> CommandEnd {
-    CommandEnd { id: id(number), parked: Some(reason.into()) }
+pub(super) fn parked(number: u128, reason: &str) -> ScheduledEnd {
+    ScheduledEnd { id: id(number), outcome: ScheduledOutcome::Parked(reason.into()) }
 }
 
 /// Returns all commands, in the order in which they are listed.
@@ -280,21 +280,31 @@ pub async fn a_command_is_cancelled_unless_it_is_started(database: Database) {
     assert!(all(&*store).await.is_empty());
 }
 
-/// Checks that an end changes neither waiting nor parked commands, and that the first end counts.
+/// Checks that an end changes no waiting command, that the first end counts, and that an executed
+/// command is deleted although it is parked.
 pub async fn ends_of_other_commands_are_ignored(database: Database) {
     let store = database.open().await;
     let new = vec![command(1, at(1)), command(2, at(2)), command(3, at(3)), command(4, LATER)];
     schedule(&*store, new).await;
     start(&*store, 3).await;
     store.end_commands(vec![parked(1, "first")]).await.unwrap();
-    let ends = vec![done(4), parked(9, "unknown"), done(1), done(2), parked(3, "third"), parked(2, "late")];
+    let ends = vec![
+        done(4),
+        parked(9, "unknown"),
+        parked(1, "second"),
+        done(2),
+        parked(3, "third"),
+        parked(2, "late"),
+    ];
     store.end_commands(ends).await.unwrap();
-    store.end_commands(vec![parked(1, "again"), parked(4, "waiting"), done(3), done(9)]).await.unwrap();
+    store.end_commands(vec![parked(1, "again"), parked(4, "waiting"), done(9)]).await.unwrap();
     let left = all(&*store).await;
     assert_eq!(numbers(&left), [1, 3, 4]);
     let reasons: Vec<_> = left.iter().map(|command| command.reason.as_deref()).collect();
     assert_eq!(reasons, [Some("first"), Some("third"), None]);
     assert_eq!(left[2].state, ScheduledState::Waiting);
+    store.end_commands(vec![done(1)]).await.unwrap();
+    assert_eq!(numbers(&all(&*store).await), [3, 4]);
 }
 
 /// Checks that commands are listed in pages, by due time and id, for every query.

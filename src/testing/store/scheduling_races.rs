@@ -7,9 +7,11 @@ use futures_util::future::join_all;
 
 use super::Database;
 use super::fixture::Dice;
-use super::scheduled_commands::{LATER, NOW, all, command, done, id, numbers, schedule, seconds, start};
+use super::scheduled_commands::{
+    LATER, NOW, all, at, command, done, id, numbers, parked, schedule, seconds, start,
+};
 use super::schedules::{revision, tick};
-use crate::store::{NewScheduledCommand, ScheduledState};
+use crate::store::{NewScheduledCommand, ScheduledEnd, ScheduledOutcome, ScheduledState};
 
 /// Checks that concurrent callers start each command once, and all of them.
 pub async fn one_of_many_rivals_starts_a_command(database: Database) {
@@ -48,7 +50,7 @@ pub async fn one_of_many_rivals_starts_a_command(database: Database) {
 pub async fn cancelling_races_with_starting(database: Database) {
     let stores = [database.open().await, database.open().await];
     let (mut cancelled, mut started) = (0, 0);
-    for round in 0..40_u128 {
+    for round in 0..60_u128 {
         schedule(&*stores[0], vec![command(round, NOW)]).await;
         let pause = Duration::from_micros(Dice::new().below(600));
         let starting = async {
@@ -71,7 +73,7 @@ pub async fn cancelling_races_with_starting(database: Database) {
             ScheduledState::Parked => panic!("{before:?}"),
         }
     }
-    assert_eq!(cancelled + started, 40);
+    assert_eq!(cancelled + started, 60);
 }
 
 /// Checks that concurrent callers with common commands, in any order, all succeed and agree.
@@ -136,7 +138,7 @@ pub async fn one_of_many_rivals_writes_a_schedule(database: Database) {
 /// Checks that a tick is either started or removed with its schedule, under concurrent callers.
 pub async fn removal_races_with_starting(database: Database) {
     let stores = [database.open().await, database.open().await];
-    for round in 0..20_u128 {
+    for round in 0..40_u128 {
         let name = format!("s{round}");
         let ticks = (0..8).map(|number| tick(round * 100 + number, &name, NOW)).collect();
         assert!(stores[0].write_schedule(revision(&name, 1, None), ticks).await.unwrap());
@@ -152,4 +154,25 @@ pub async fn removal_races_with_starting(database: Database) {
         assert_eq!(numbers(&left), numbers(&started));
         stores[1].end_commands(left.iter().map(|it| done(it.id.as_u128())).collect()).await.unwrap();
     }
+}
+
+/// Checks that a postponed command waits again, by the store's clock.
+pub async fn a_command_is_postponed(database: Database) {
+    let store = database.open().await;
+    schedule(&*store, vec![command(1, at(1)), command(2, at(2)), command(3, LATER)]).await;
+    start(&*store, 2).await;
+    let wait = Duration::from_millis(300);
+    let postponed = |number| ScheduledEnd { id: id(number), outcome: ScheduledOutcome::Postponed(wait) };
+    store.end_commands(vec![postponed(1), parked(2, "no")]).await.unwrap();
+    // Neither a waiting nor a parked command.
+    store.end_commands(vec![postponed(1), postponed(2), postponed(3), postponed(9)]).await.unwrap();
+    let left = all(&*store).await;
+    let state = |number| left.iter().find(|command| command.id == id(number)).unwrap().state;
+    assert_eq!(
+        [1, 2, 3].map(state),
+        [ScheduledState::Waiting, ScheduledState::Parked, ScheduledState::Waiting]
+    );
+    assert!(start(&*store, 10).await.commands.is_empty());
+    tokio::time::sleep(wait).await;
+    assert_eq!(numbers(&start(&*store, 10).await.commands), [1]);
 }

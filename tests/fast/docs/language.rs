@@ -58,7 +58,7 @@ fn the_first_line_of_a_page_states_its_kind() {
 /// The last commit before subjects were checked.
 const UNCHECKED: &str = "b441b57";
 
-const AREAS: [&str; 15] = [
+const AREAS: [&str; 16] = [
     "store",
     "postgres",
     "sqlite",
@@ -68,6 +68,7 @@ const AREAS: [&str; 15] = [
     "aggregate",
     "projection",
     "process",
+    "schedule",
     "console",
     "cli",
     "docs",

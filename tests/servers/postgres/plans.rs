@@ -12,9 +12,9 @@ use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 use sqlx::{AssertSqlSafe, Executor};
 use storied::event::Category;
 use storied::store::{
-    Checkpoint, CheckpointKey, CommandEnd, CommandRecord, NewScheduledCommand, NewTimer, ParkedEvent,
-    ProgressWrite, ScheduleStore, ScheduledCommand, ScheduledQuery, ScheduledState, Snapshot, StoredSchedule,
-    StreamAppend, TimerDue, TimerRef,
+    Checkpoint, CheckpointKey, CommandRecord, NewScheduledCommand, NewTimer, ParkedEvent, ProgressWrite,
+    ScheduleStore, ScheduledCommand, ScheduledEnd, ScheduledOutcome, ScheduledQuery, ScheduledState,
+    Snapshot, StoredSchedule, StreamAppend, TimerDue, TimerRef,
 };
 use storied::{
     EventName, EventStore, ExpectedVersion, Filter, Position, PostgresOptions, PostgresStore, ReadLog,
@@ -256,9 +256,13 @@ async fn use_schedules(store: &PostgresStore) {
         store.schedule_commands(vec![command(turn), command(1_000 + turn)]).await.unwrap();
         let started = store.start_due_commands(8).await.unwrap().commands;
         assert_eq!(started.len(), 8);
-        let end = |(n, it): (usize, &ScheduledCommand)| CommandEnd {
+        let end = |(n, it): (usize, &ScheduledCommand)| ScheduledEnd {
             id: it.id,
-            parked: (n % 2 == 0).then(|| "no".into()),
+            outcome: match n % 3 {
+                0 => ScheduledOutcome::Parked("no".into()),
+                1 => ScheduledOutcome::Executed,
+                _ => ScheduledOutcome::Postponed(Duration::from_secs(5)),
+            },
         };
         store.end_commands(started.iter().enumerate().map(end).collect()).await.unwrap();
         store.retry_command(started[0].id).await.unwrap().unwrap();
@@ -350,7 +354,8 @@ fn meant(query: &str, scan: &str) -> bool {
     if query.contains("(process COLLATE ucs_basic, due_at)") && scan.contains(" on timers") {
         return scan.contains("using timers_by_due ") && scan.contains("due_at");
     }
-    if ["schedule = $6", "schedule = of_name"].iter().any(|key| query.contains(key)) {
+    let of_schedule = ["schedule = $6", "schedule = of_name"].iter().any(|key| query.contains(key));
+    if of_schedule && scan.contains(" on scheduled_commands") {
         return scan.contains("using scheduled_commands_by_schedule ");
     }
     if !scan.contains(" on events") {

@@ -3,8 +3,8 @@
 use sqlx::{AssertSqlSafe, Executor, PgConnection, PgPool, Row};
 use storied::projection::ReadModel;
 use storied::store::{
-    AppendError, CheckpointKey, CommandEnd, ControlChange, NewScheduledCommand, Request, ScheduleStore,
-    ScheduledQuery, StoredSchedule, TimerDue, TimerRef,
+    AppendError, CheckpointKey, ControlChange, NewScheduledCommand, Request, ScheduleStore, ScheduledEnd,
+    ScheduledOutcome, ScheduledQuery, StoredSchedule, TimerDue, TimerRef,
 };
 use storied::{
     EventStore, ExpectedVersion, Position, PostgresOptions, PostgresReadModel, PostgresStore, StoreError,
@@ -591,7 +591,7 @@ async fn readers_and_read_models_have_less() {
         reader.write_timers("p", Vec::new(), vec![timer]).await,
         reader.schedule_commands(vec![command.clone()]).await.map(drop),
         reader.start_due_commands(1).await.map(drop),
-        reader.end_commands(vec![CommandEnd { id: command.id, parked: None }]).await,
+        reader.end_commands(vec![ScheduledEnd { id: command.id, outcome: ScheduledOutcome::Executed }]).await,
         reader.cancel_command(command.id).await.map(drop),
         reader.retry_command(command.id).await.map(drop),
         reader.write_schedule(schedule, Vec::new()).await.map(drop),

@@ -15,11 +15,11 @@ use storied::bus::{
 };
 use storied::projection::{ApplyError, InMemory, ProjectionState, ReadModel, Snapshots, SqliteReadModel};
 use storied::store::{
-    Append, AppendError, Appended, BoxFuture, Checkpoint, CheckpointError, CheckpointKey, CommandEnd,
-    ControlChange, DueCommands, DueSchedules, ExpectedVersion, Lease, LeaseInfo, LogPage,
-    NewScheduledCommand, ParkedEvent, ProgressWrite, ProjectionControl, PublisherCheckpoint, Request,
-    ScheduleStore, ScheduledCommand, ScheduledQuery, Snapshot, StoreInfo, StoredProgress, StoredProjection,
-    StoredRequest, StoredSchedule,
+    Append, AppendError, Appended, BoxFuture, Checkpoint, CheckpointError, CheckpointKey, ControlChange,
+    DueCommands, DueSchedules, ExpectedVersion, Lease, LeaseInfo, LogPage, NewScheduledCommand, ParkedEvent,
+    ProgressWrite, ProjectionControl, PublisherCheckpoint, Request, ScheduleStore, ScheduledCommand,
+    ScheduledEnd, ScheduledQuery, Snapshot, StoreInfo, StoredProgress, StoredProjection, StoredRequest,
+    StoredSchedule,
 };
 use storied::testing::{Node, Sealed};
 use storied::{
@@ -1052,7 +1052,7 @@ impl ScheduleStore for Link {
         through!(self, self.inner.start_due_commands(limit))
     }
 
-    fn end_commands(&self, ends: Vec<CommandEnd>) -> BoxFuture<'_, Result<(), StoreError>> {
+    fn end_commands(&self, ends: Vec<ScheduledEnd>) -> BoxFuture<'_, Result<(), StoreError>> {
         through!(self, self.inner.end_commands(ends))
     }
 
