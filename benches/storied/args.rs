@@ -104,7 +104,7 @@ acks-awaited, acks-dedup; live, live-latency; dispatch-1 to -3 and remote-1 to -
 to -4 (processes)";
 
 impl Workload {
-    const ALL: [Workload; 31] = [
+    const ALL: [Workload; 32] = [
         Workload::Codec(Codec::Cbor),
         Workload::Codec(Codec::Json),
         Workload::Commands,

@@ -194,13 +194,9 @@ impl Builder {
         #[cfg(feature = "otel")]
         let telemetry = self.telemetry.unwrap_or_default();
         #[cfg(feature = "otel")]
-        let metrics = Metrics::of(&telemetry);
+        let metrics = observed(&telemetry, self.bus.as_deref());
         #[cfg(not(feature = "otel"))]
         let metrics = Metrics::default();
-        #[cfg(feature = "otel")]
-        if let Some(bus) = &self.bus {
-            bus.observe(&telemetry);
-        }
         let node = Uuid::now_v7();
         let supervisor = Supervisor::start().await?;
         let feed = Feed::start(store.clone(), self.bus.clone(), self.feed);
@@ -226,8 +222,8 @@ impl Builder {
         };
         let handles = start_projections(projections, &node_services).await?;
         let writer = GroupCommitter::start(store.clone(), metrics.clone());
-        let forgetting = (!self.handlers.is_empty())
-            .then(|| Task::spawn(forgetting(store.clone(), self.commands.retention())));
+        let retention = (!self.handlers.is_empty()).then(|| self.commands.retention());
+        let forgetting = retention.map(|retention| Task::spawn(forgetting(store.clone(), retention)));
         let commands = Dispatcher::new(self.commands.hooks(), metrics, store.clone(), handles.clone());
         let mut registry = Registry::default();
         let services = TargetServices {
@@ -243,10 +239,7 @@ impl Builder {
         #[cfg(feature = "nats")]
         commands.connect(self.commands, store.info(), node).await;
         // Last, because they send commands to other nodes.
-        let scheduler = match executes {
-            true => Some(start_scheduler(&node_services, &services).await?),
-            false => None,
-        };
+        let scheduler = start_scheduler(executes, &node_services, &services).await?;
         let processes = start_processes(self.processes, node_services, &services).await?;
         let inner = Inner {
             node,
@@ -305,6 +298,15 @@ impl Builder {
         self.commands.check()?;
         Ok(())
     }
+}
+
+/// Returns the metrics of a node, and adds those of its bus.
+#[cfg(feature = "otel")]
+fn observed(telemetry: &Telemetry, bus: Option<&dyn EventBus>) -> Metrics {
+    if let Some(bus) = bus {
+        bus.observe(telemetry);
+    }
+    Metrics::of(telemetry)
 }
 
 impl Runtime {

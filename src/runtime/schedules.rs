@@ -8,11 +8,15 @@ use super::commands::TargetServices;
 use crate::projection::NodeServices;
 use crate::schedule::{ScheduleHandle, ScheduledHandle, Scheduler, SchedulerServices};
 
-/// Starts the scheduler of a node that executes commands.
+/// Starts the scheduler, if the node `executes` commands.
 pub(super) async fn start_scheduler(
+    executes: bool,
     node: &NodeServices,
     targets: &TargetServices,
-) -> Result<Scheduler, SpawnErr> {
+) -> Result<Option<Scheduler>, SpawnErr> {
+    if !executes {
+        return Ok(None);
+    }
     let services = SchedulerServices {
         store: node.store.clone(),
         commands: targets.commands.clone(),
@@ -20,7 +24,7 @@ pub(super) async fn start_scheduler(
         metrics: node.metrics.clone(),
         node: node.node,
     };
-    Scheduler::spawn(services, targets.supervisor.clone()).await
+    Scheduler::spawn(services, targets.supervisor.clone()).await.map(Some)
 }
 
 impl Runtime {
