@@ -25,7 +25,7 @@ use storied::projection::{ApplyError, InMemoryIndex, Projection, ProjectionState
 use storied::runtime::Builder;
 use storied::{
     Aggregate, Context, Decided, Decision, Event, ExecuteError, Filter, NatsOptions, PostgresReadModel,
-    PostgresStore, PublisherState, RecordedEvent, Runtime, Schedule, SqliteReadModel, SqliteStore,
+    PostgresStore, PublisherState, RecordedEvent, Recurrence, Runtime, SqliteReadModel, SqliteStore,
 };
 use uuid::Uuid;
 
@@ -273,7 +273,7 @@ pub async fn schedules(directory: &Path) -> Result<(), Failure> {
     runtime.scheduled(id).cancel().await?;
 
     let sell = ShowCommand::Sell { buyer: "the house".into(), seats: 1 };
-    let nightly = Schedule::cron("30 2 * * *", "Europe/Berlin")?;
+    let nightly = Recurrence::cron("30 2 * * *", "Europe/Berlin")?;
     runtime.execute::<Show>("tosca-extra", sell).repeat("house seat", nightly).await?;
     let schedule = runtime.schedule("house seat");
     let command = schedule.trigger().await?; // once, now

@@ -90,7 +90,7 @@
 //! - **scheduled command**: A command that the store keeps until it is due. In code:
 //!   [`Execute::after`](crate::command::Execute::after).
 //! - **schedule**: A stored rule that creates commands at regular times. In code:
-//!   [`Schedule`](crate::Schedule).
+//!   [`Recurrence`](crate::Recurrence), its timing.
 //! - **tick**: A time of a schedule, and the command that the schedule creates for it.
 //! - **scheduler**: The part of a node that starts what is due while the node holds its lease.
 //!

@@ -122,7 +122,7 @@ pub use self::projection::SqliteReadModel;
 pub use self::projection::{Projection, ProjectionHandle, ProjectionOptions, ProjectionStatus};
 pub use self::publisher::{PublisherOptions, PublisherState, PublisherStatus};
 pub use self::runtime::Runtime;
-pub use self::schedule::Schedule;
+pub use self::schedule::Recurrence;
 pub use self::store::{
     EventStore, ExpectedVersion, Filter, MemoryStore, ReadLog, SnapshotRevision, StoreError,
 };

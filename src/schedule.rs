@@ -2,7 +2,7 @@
 //!
 //! [`Execute::after`](crate::command::Execute::after) and [`at`](crate::command::Execute::at) store
 //! a command until it is due. [`repeat`](crate::command::Execute::repeat) stores a recurring
-//! [`Schedule`]: each of its ticks is such a command, with an id that depends on the name of the
+//! [`Recurrence`]: each of its ticks is such a command, with an id that depends on the name of the
 //! schedule and the time of the tick.
 //!
 //! Due times are by the clock of the store. One node at a time, the holder of the lease
@@ -26,9 +26,9 @@ mod timing;
 
 pub use self::change::ScheduleChange;
 pub use self::delayed::Scheduled;
-pub use self::error::{InvalidSchedule, ScheduleError};
+pub use self::error::{InvalidRecurrence, ScheduleError};
 pub use self::handle::{Cancellation, ScheduledHandle, ScheduledStatus};
 pub use self::recurring::{ScheduleHandle, ScheduleStatus};
 pub(crate) use self::scheduler::{Scheduler, SchedulerServices};
 pub use self::status::{SchedulerState, SchedulerStatus};
-pub use self::timing::{Overlap, Schedule};
+pub use self::timing::{Overlap, Recurrence};

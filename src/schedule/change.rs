@@ -6,7 +6,7 @@ use super::command::StoredCommand;
 use super::definition::Definition;
 use super::error::ScheduleError;
 use super::ticks::miss;
-use super::timing::Schedule;
+use super::timing::Recurrence;
 use crate::store::{EventStore, NewScheduledCommand};
 
 /// Number of attempts at a change while others change the schedule.
@@ -33,12 +33,12 @@ pub(super) async fn store_time(store: &dyn EventStore) -> Result<DateTime<Utc>, 
 pub(super) async fn put(
     store: &dyn EventStore,
     name: &str,
-    schedule: Schedule,
+    recurrence: Recurrence,
     command: StoredCommand,
 ) -> Result<ScheduleChange, ScheduleError> {
-    schedule.validate()?;
+    recurrence.validate()?;
     for _ in 0..ATTEMPTS {
-        let new = Definition::new(schedule.clone(), command.clone(), store_time(store).await?);
+        let new = Definition::new(recurrence.clone(), command.clone(), store_time(store).await?);
         let (written, revision, change) = match store.schedule(name).await? {
             None => (new, 0, ScheduleChange::Created),
             Some(stored) => match Definition::decode(&stored) {

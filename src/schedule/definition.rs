@@ -8,7 +8,7 @@ use uuid::Uuid;
 
 use super::command::StoredCommand;
 use super::error::ScheduleError;
-use super::timing::{Overlap, Schedule, Timing};
+use super::timing::{Overlap, Recurrence, Timing};
 use crate::codec::{from_cbor, to_cbor};
 use crate::event::EncodeError;
 use crate::store::StoredSchedule;
@@ -42,8 +42,8 @@ pub(super) struct Definition {
 }
 
 impl Definition {
-    pub(super) fn new(schedule: Schedule, command: StoredCommand, now: DateTime<Utc>) -> Self {
-        let Schedule { timing, overlap, catch_up } = schedule;
+    pub(super) fn new(recurrence: Recurrence, command: StoredCommand, now: DateTime<Utc>) -> Self {
+        let Recurrence { timing, overlap, catch_up } = recurrence;
         let catch_up_micros = u64::try_from(catch_up.as_micros()).unwrap_or(u64::MAX);
         Self {
             format: FORMAT,

@@ -8,7 +8,7 @@ use uuid::Uuid;
 use super::change::{ScheduleChange, put};
 use super::command::{Requested, StoredCommand};
 use super::error::ScheduleError;
-use super::timing::Schedule;
+use super::timing::Recurrence;
 use crate::command::{Execute, Routed};
 use crate::store::TimerDue;
 
@@ -85,13 +85,13 @@ impl<T: Routed> Execute<T> {
     pub async fn repeat(
         self,
         name: impl Into<String>,
-        schedule: Schedule,
+        recurrence: Recurrence,
     ) -> Result<ScheduleChange, ScheduleError> {
         let id = self.envelope().id;
         let not_executable = |kind| ScheduleError::NotExecutable { id, kind };
         let (commands, command) = self.erase().map_err(not_executable)?;
         let stored = StoredCommand::of(&command, None)?;
-        let change = put(&*commands.store, &name.into(), schedule, stored).await?;
+        let change = put(&*commands.store, &name.into(), recurrence, stored).await?;
         commands.scheduled.notify_one();
         Ok(change)
     }

@@ -11,7 +11,7 @@ use crate::store::StoreError;
 /// A cron line, time zone or interval that makes no schedule.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
-pub enum InvalidSchedule {
+pub enum InvalidRecurrence {
     /// The cron line is invalid.
     #[error("invalid cron line {line:?}: {reason}")]
     Cron {
@@ -61,7 +61,7 @@ pub enum ScheduleError {
     },
     /// An option of the schedule is invalid.
     #[error(transparent)]
-    Invalid(#[from] InvalidSchedule),
+    Invalid(#[from] InvalidRecurrence),
     /// No schedule has this name.
     #[error("unknown schedule {name:?}; list the names with `storied schedule list`")]
     UnknownSchedule {

@@ -91,7 +91,7 @@ mod tests {
     use std::time::Duration;
 
     use super::super::command::StoredCommand;
-    use super::super::timing::Schedule;
+    use super::super::timing::Recurrence;
     use super::*;
     use crate::command::{ErasedCommand, Expected, Kind};
     use crate::event::Metadata;
@@ -102,7 +102,7 @@ mod tests {
         DateTime::from_timestamp(second, 0).unwrap()
     }
 
-    fn every_second(schedule: impl FnOnce(Schedule) -> Schedule) -> Definition {
+    fn every_second(schedule: impl FnOnce(Recurrence) -> Recurrence) -> Definition {
         let command = ErasedCommand {
             id: uuid::Uuid::nil(),
             kind: Kind::Handler,
@@ -113,7 +113,7 @@ mod tests {
             expected: Expected::Any,
         };
         let command = StoredCommand::of(&command, None).unwrap();
-        Definition::new(schedule(Schedule::every(SECOND).unwrap()), command, at(0))
+        Definition::new(schedule(Recurrence::every(SECOND).unwrap()), command, at(0))
     }
 
     fn run(definition: &mut Definition, now: i64, busy: bool) -> Vec<TimerDue> {

@@ -8,7 +8,7 @@ use chrono_tz::Tz;
 use croner::Cron;
 use serde::{Deserialize, Serialize};
 
-use super::error::InvalidSchedule;
+use super::error::InvalidRecurrence;
 use crate::invalid_option::{DAY, within};
 
 /// Maximum interval, and maximum time of catching up.
@@ -24,15 +24,14 @@ const LATEST_YEAR: i32 = 9_998;
 /// The times at which a recurring schedule ticks, and what happens to ticks that come late.
 ///
 /// # Time zones
-/// A cron line is read in a time zone of the IANA database that this program contains. On the day
-/// on which clocks go forward, a fixed time that does not exist, such as `30 2 * * *`, ticks once,
-/// at the end of the gap; if the gap ends at midnight, a line for one day of the week may have no
-/// tick. On the day on which clocks go back, a fixed time that exists twice ticks
-/// once, the first time. A line with several minutes or hours (`*`, lists, steps) ticks at every
-/// time that matches, and at none that does not exist.
+/// A cron line is read in a time zone of the IANA database that this program contains. If clocks go
+/// forward over a fixed time, such as `30 2 * * *`, it ticks once, at the end of the gap. If the gap
+/// ends at midnight, a line for one day of the week may have no tick. If clocks go back over a fixed
+/// time, it ticks once, the first time. A line with several minutes or hours (`*`, lists, steps) ticks
+/// at every time that matches, and at none that does not exist.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[must_use = "a schedule ticks after Execute::repeat"]
-pub struct Schedule {
+pub struct Recurrence {
     pub(super) timing: Timing,
     pub(super) overlap: Overlap,
     pub(super) catch_up: Duration,
@@ -63,7 +62,7 @@ pub(super) enum Ticker {
     EveryMicros(i64),
 }
 
-impl Schedule {
+impl Recurrence {
     /// Ticks when a cron line matches in a time zone.
     ///
     /// The line has 5 fields (minute, hour, day of the month, month, day of the week), 6 with the
@@ -72,7 +71,7 @@ impl Schedule {
     ///
     /// # Errors
     /// If the line is invalid or matches no time, or the time zone is unknown.
-    pub fn cron(line: impl Into<String>, zone: impl Into<String>) -> Result<Self, InvalidSchedule> {
+    pub fn cron(line: impl Into<String>, zone: impl Into<String>) -> Result<Self, InvalidRecurrence> {
         Self::of(Timing::Cron { line: line.into(), zone: zone.into() })
     }
 
@@ -80,16 +79,16 @@ impl Schedule {
     ///
     /// # Errors
     /// If the interval is out of its range.
-    pub fn every(interval: Duration) -> Result<Self, InvalidSchedule> {
-        within("Schedule::every", interval, Duration::from_secs(1)..=LONGEST)?;
+    pub fn every(interval: Duration) -> Result<Self, InvalidRecurrence> {
+        within("Recurrence::every", interval, Duration::from_secs(1)..=LONGEST)?;
         // The range fits.
         Self::of(Timing::EveryMicros(u64::try_from(interval.as_micros()).unwrap_or(u64::MAX)))
     }
 
-    fn of(timing: Timing) -> Result<Self, InvalidSchedule> {
+    fn of(timing: Timing) -> Result<Self, InvalidRecurrence> {
         let ticker = timing.ticker()?;
         if let (Timing::Cron { line, .. }, None) = (&timing, ticker.search(Utc::now())) {
-            return Err(InvalidSchedule::Never { line: line.clone() });
+            return Err(InvalidRecurrence::Never { line: line.clone() });
         }
         Ok(Self { timing, overlap: Overlap::Skip, catch_up: Duration::from_secs(60 * 60) })
     }
@@ -110,24 +109,24 @@ impl Schedule {
         self
     }
 
-    pub(super) fn validate(&self) -> Result<(), InvalidSchedule> {
-        Ok(within("Schedule::catch_up", self.catch_up, Duration::ZERO..=LONGEST)?)
+    pub(super) fn validate(&self) -> Result<(), InvalidRecurrence> {
+        Ok(within("Recurrence::catch_up", self.catch_up, Duration::ZERO..=LONGEST)?)
     }
 }
 
 impl Timing {
-    pub(super) fn ticker(&self) -> Result<Ticker, InvalidSchedule> {
+    pub(super) fn ticker(&self) -> Result<Ticker, InvalidRecurrence> {
         match self {
             Self::EveryMicros(micros) => {
                 Ok(Ticker::EveryMicros(i64::try_from(*micros).unwrap_or(i64::MAX).max(1)))
             }
             Self::Cron { line, zone } => {
-                let invalid = |error: croner::errors::CronError| InvalidSchedule::Cron {
+                let invalid = |error: croner::errors::CronError| InvalidRecurrence::Cron {
                     line: line.clone(),
                     reason: error.to_string(),
                 };
                 let cron = Cron::from_str(line).map_err(invalid)?;
-                let unknown = |_| InvalidSchedule::TimeZone { name: zone.clone() };
+                let unknown = |_| InvalidRecurrence::TimeZone { name: zone.clone() };
                 Ok(Ticker::Cron(Box::new(cron), Tz::from_str(zone).map_err(unknown)?))
             }
         }
@@ -174,7 +173,7 @@ mod tests {
     use super::*;
 
     fn ticks(line: &str, zone: &str, from: &str, count: usize) -> Vec<String> {
-        let schedule = Schedule::cron(line, zone).unwrap();
+        let schedule = Recurrence::cron(line, zone).unwrap();
         let ticker = schedule.timing.ticker().unwrap();
         let from = from.parse::<DateTime<Utc>>().unwrap();
         let next = |at: &DateTime<Utc>| ticker.next_after(*at);
@@ -219,22 +218,22 @@ mod tests {
 
     #[test]
     fn no_time_makes_the_search_panic() {
-        let line = Schedule::cron("0 0 * * *", "America/New_York").unwrap().timing.ticker().unwrap();
+        let line = Recurrence::cron("0 0 * * *", "America/New_York").unwrap().timing.ticker().unwrap();
         assert_eq!(line.next_after(DateTime::<Utc>::MAX_UTC), None);
         assert!(line.next_after(DateTime::<Utc>::MIN_UTC).is_some());
     }
 
     #[test]
     fn what_makes_no_schedule_is_refused() {
-        let refused = |line, zone| Schedule::cron(line, zone).unwrap_err().to_string();
+        let refused = |line, zone| Recurrence::cron(line, zone).unwrap_err().to_string();
         assert!(refused("61 * * * *", "UTC").starts_with("invalid cron line \"61 * * * *\": "));
         assert!(refused("* * *", "UTC").starts_with("invalid cron line"));
         assert!(refused("0 0 30 2 *", "UTC").ends_with("it matches no time; check day and month"));
         assert!(refused("@daily", "Europe/Bern").starts_with("unknown time zone \"Europe/Bern\"; "));
         for wrong in [Duration::ZERO, Duration::from_millis(999), Duration::MAX] {
-            assert!(Schedule::every(wrong).is_err());
+            assert!(Recurrence::every(wrong).is_err());
         }
-        let hourly = Schedule::cron("@hourly", "UTC").unwrap();
+        let hourly = Recurrence::cron("@hourly", "UTC").unwrap();
         assert!(hourly.catch_up(Duration::MAX).validate().is_err());
     }
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 use chrono::{TimeDelta, Utc};
 use storied::command::HandlerOptions;
 use storied::schedule::{
-    Cancellation, Overlap, Schedule, ScheduleChange, ScheduleError, ScheduleStatus, SchedulerState,
+    Cancellation, Overlap, Recurrence, ScheduleChange, ScheduleError, ScheduleStatus, SchedulerState,
 };
 use storied::store::{ScheduledQuery, ScheduledState};
 use storied::{MemoryStore, NotExecutedKind, Runtime, SqliteStore};
@@ -146,7 +146,7 @@ async fn bad_input_is_refused_at_the_call() {
         matches!(&unknown, Err(ScheduleError::NotExecutable { kind: NotExecutedKind::NoHandler { .. }, .. })),
         "{unknown:?}"
     );
-    let every = || Schedule::every(SECOND).unwrap();
+    let every = || Recurrence::every(SECOND).unwrap();
     let remind = || runtime.execute::<Invoice>("1", reminder("x"));
     for name in ["", "a\nb"] {
         assert!(matches!(remind().repeat(name, every()).await, Err(ScheduleError::Store(_))), "{name:?}");
@@ -209,7 +209,7 @@ async fn what_was_scheduled_survives_a_restart() {
     let first = open().await;
     let due = first.execute::<Invoice>("1", reminder("due")).after(SECOND / 2).await.unwrap();
     let far = first.execute::<Invoice>("1", reminder("far")).after(400 * 86_400 * SECOND).await.unwrap();
-    let every = Schedule::every(SECOND).unwrap();
+    let every = Recurrence::every(SECOND).unwrap();
     first.execute::<Invoice>("2", reminder("tick")).repeat("ticks", every).await.unwrap();
     // As a crash: its lease expires.
     drop(first);
@@ -232,7 +232,7 @@ async fn schedule(runtime: &Runtime, name: &str) -> ScheduleStatus {
 async fn a_schedule_ticks_until_its_end() {
     let runtime = start().await;
     let remind = |text: &str| runtime.execute::<Invoice>("1", reminder(text));
-    let every = |seconds| Schedule::every(seconds * SECOND).unwrap();
+    let every = |seconds| Recurrence::every(seconds * SECOND).unwrap();
     assert_eq!(remind("tick").repeat("s", every(1)).await.unwrap(), ScheduleChange::Created);
     assert_eq!(remind("tick").repeat("s", every(1)).await.unwrap(), ScheduleChange::Unchanged);
     let created = schedule(&runtime, "s").await;
@@ -271,7 +271,7 @@ async fn a_schedule_ticks_until_its_end() {
 #[tokio::test]
 async fn a_backfill_repeats_no_tick() {
     let runtime = start().await;
-    let day = Schedule::cron("0 3 * * *", "Europe/Berlin").unwrap();
+    let day = Recurrence::cron("0 3 * * *", "Europe/Berlin").unwrap();
     runtime.execute::<Invoice>("1", reminder("night")).repeat("nightly", day).await.unwrap();
     let handle = runtime.schedule("nightly");
     let from = "2026-03-27T00:00:00Z".parse().unwrap();
@@ -298,7 +298,7 @@ async fn a_tick_during_an_earlier_one_is_skipped_or_runs_beside_it() {
         let options = HandlerOptions::new().workers(8);
         let builder = Runtime::builder().store(MemoryStore::new()).handler_with(closing.clone(), options);
         let runtime = builder.start().await.unwrap();
-        let every = Schedule::every(SECOND).unwrap().overlap(overlap);
+        let every = Recurrence::every(SECOND).unwrap().overlap(overlap);
         runtime.execute_handler::<Closing>(Close).repeat(name, every).await.unwrap();
         let passed = async || {
             let status = schedule(&runtime, name).await;

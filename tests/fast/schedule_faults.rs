@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use storied::schedule::{Cancellation, Schedule};
+use storied::schedule::{Cancellation, Recurrence};
 use storied::store::ScheduledQuery;
 use storied::{MemoryStore, Runtime};
 use tokio::time::{Instant, sleep};
@@ -42,7 +42,7 @@ async fn every_command_runs_once_whatever_fails() {
     let (inner, dice, mut stores) = (MemoryStore::new(), Dice::random(), Vec::new());
     let mut nodes = vec![node(&inner, &mut stores).await, node(&inner, &mut stores).await];
     let calm = MemoryStore::clone(&inner);
-    let every = Schedule::every(Duration::from_secs(1)).unwrap();
+    let every = Recurrence::every(Duration::from_secs(1)).unwrap();
     loop {
         let tick = nodes[1].execute::<Invoice>("ticks", reminder("tick"));
         if tick.repeat("ticks", every.clone()).await.is_ok() {

@@ -6,4 +6,5 @@ mod processes;
 mod program;
 mod projections;
 mod reading;
+mod schedules;
 mod terminal;

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use storied::schedule::{Schedule, SchedulerState};
+use storied::schedule::{Recurrence, SchedulerState};
 use storied::store::ScheduledQuery;
 use storied::{EventStore, PostgresStore, Runtime, SqliteStore};
 use tokio::time::{Instant, sleep};
@@ -53,7 +53,7 @@ async fn every_command_and_every_tick_runs_once_whatever_is_killed() {
     for _ in 0..3 {
         nodes.push(node(postgres(&url).await).await);
     }
-    let every = Schedule::every(SECOND).unwrap();
+    let every = Recurrence::every(SECOND).unwrap();
     nodes[0].execute::<Invoice>("ticks", reminder("tick")).repeat("ticks", every).await.unwrap();
     let created = nodes[0].schedule("ticks").status().await.unwrap().unwrap().next_at.unwrap();
     let (end, mut count, mut round) = (Instant::now() + seconds * SECOND, 0, 0);
