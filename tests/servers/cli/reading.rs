@@ -329,8 +329,10 @@ async fn the_command_line_is_explained() {
     }
     // bash accepts the script.
     let script = bare(&["completions", "bash"]).await.out;
-    let checked =
-        std::process::Command::new("bash").args(["-n", "-c", &script]).stderr(Stdio::inherit()).status();
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("storied.bash");
+    std::fs::write(&file, script).unwrap();
+    let checked = std::process::Command::new("bash").arg("-n").arg(&file).stderr(Stdio::inherit()).status();
     assert!(checked.unwrap().success());
 }
 
