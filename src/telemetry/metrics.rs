@@ -164,6 +164,7 @@ impl Metrics {
         let Some(instruments) = &self.0 else { return };
         let kind = match name.split(['/', '-', '@']).next() {
             Some("publisher") => "publisher",
+            Some("scheduler") => "scheduler",
             Some("member") => "member",
             Some("rebuild") => "rebuild",
             Some("partition") => "partition",

@@ -114,11 +114,12 @@ pub async fn scenario(meters: &Meters) {
         let of = [("storied.lease.kind", kind), ("storied.lease.change", change)];
         meters.sum("storied.lease.changes", &of)
     };
-    for kind in ["publisher", "projection"] {
+    for kind in ["publisher", "projection", "scheduler"] {
+        meters.until("storied.lease.changes", &[("storied.lease.kind", kind)], |all| all >= 1.0).await;
         assert_eq!((leases(kind, "acquired"), leases(kind, "released")), (1.0, 0.0), "{kind}");
     }
     node.shutdown().await.unwrap();
-    for kind in ["publisher", "projection"] {
+    for kind in ["publisher", "projection", "scheduler"] {
         assert_eq!((leases(kind, "released"), leases(kind, "lost")), (1.0, 0.0), "{kind}");
     }
     let commands = [("storied.connection", "commands")];
