@@ -15,10 +15,12 @@ use crate::workloads::AGGREGATES;
 /// Number of callers of the limit: as many commands as the scheduler has in flight.
 const CALLERS: usize = 1_024;
 
-async fn start(plan: &Plan) -> Runtime {
-    let runtime = Store::fresh(plan.store).await.builder().aggregate::<Account>().start().await.unwrap();
+/// Starts a node. Its store ends with the first value.
+async fn start(plan: &Plan) -> (Store, Runtime) {
+    let store = Store::fresh(plan.store).await;
+    let runtime = store.builder().aggregate::<Account>().start().await.unwrap();
     closed_loop(64.min(AGGREGATES), AGGREGATES, |number| enter(&runtime, plan, number)).await;
-    runtime
+    (store, runtime)
 }
 
 fn enter(runtime: &Runtime, plan: &Plan, number: usize) -> impl Future<Output = ()> + Send + 'static {
@@ -33,7 +35,7 @@ fn enter(runtime: &Runtime, plan: &Plan, number: usize) -> impl Future<Output = 
 ///
 /// The limit gives the same commands directly, 1,024 at a time.
 pub async fn scheduled(plan: &Plan) -> Comparison {
-    let runtime = start(plan).await;
+    let (_database, runtime) = start(plan).await;
     // Long enough to schedule all of them before.
     let due = Utc::now() + TimeDelta::milliseconds(3_000 + i64::try_from(plan.events).unwrap());
     closed_loop(CALLERS.min(plan.events), plan.events, |number| {
@@ -52,7 +54,7 @@ pub async fn scheduled(plan: &Plan) -> Comparison {
     }
     let ours = Run::whole(plan.events, began.elapsed());
     runtime.shutdown().await.unwrap();
-    let runtime = start(plan).await;
+    let (_database, runtime) = start(plan).await;
     let limit =
         closed_loop(CALLERS.min(plan.events), plan.events, |number| enter(&runtime, plan, number)).await;
     runtime.shutdown().await.unwrap();
