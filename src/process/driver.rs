@@ -247,7 +247,7 @@ impl<'a, P: Process> Driver<'a, P> {
                 false => WorkError::Permanent(error.to_string()),
             })?;
             if found {
-                // Whoever recorded it may have ended before the reaction was carried out.
+                // Its driver may have ended before it carried out the reaction.
                 self.resend = true;
                 return self.execute(CommandKind::Advance, Metadata::default(), ExpectedVersion::Any).await;
             }

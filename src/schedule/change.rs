@@ -39,6 +39,7 @@ pub(super) async fn put(
     recurrence.validate()?;
     for _ in 0..ATTEMPTS {
         let new = Definition::new(recurrence.clone(), command.clone(), store_time(store).await?);
+        new.check_size(name)?;
         let (written, revision, change) = match store.schedule(name).await? {
             None => (new, 0, ScheduleChange::Created),
             Some(stored) => match Definition::decode(&stored) {

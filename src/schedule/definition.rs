@@ -89,6 +89,16 @@ impl Definition {
         }
     }
 
+    /// Checks that the definition can be stored, also when its counters and times have grown.
+    pub(super) fn check_size(&self, name: &str) -> Result<(), ScheduleError> {
+        const LIMIT: usize = StoredSchedule::MAX_DEFINITION - 256;
+        let size = to_cbor(self).map_err(EncodeError::from)?.len();
+        if size > LIMIT {
+            return Err(ScheduleError::TooLarge { name: name.to_owned(), size, limit: LIMIT });
+        }
+        Ok(())
+    }
+
     /// Returns the schedule as the store writes it after `revision`.
     pub(super) fn to_store(&self, name: &str, revision: u64) -> Result<StoredSchedule, ScheduleError> {
         let next_at = match self.paused {
@@ -96,11 +106,6 @@ impl Definition {
             false => self.timing.ticker()?.next_after(self.done_to),
         };
         let definition = to_cbor(self).map_err(EncodeError::from)?;
-        // The counters and times may grow.
-        let limit = StoredSchedule::MAX_DEFINITION - 256;
-        if revision == 0 && definition.len() > limit {
-            return Err(ScheduleError::TooLarge { name: name.to_owned(), size: definition.len(), limit });
-        }
         Ok(StoredSchedule {
             name: name.to_owned(),
             definition,

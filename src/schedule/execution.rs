@@ -91,7 +91,8 @@ impl Executor {
         let permits = self.permits_of(&command.name);
         let mut attempts = Attempts::new(alone_at);
         loop {
-            let both = async { (self.permits.acquire().await, permits.acquire().await) };
+            // A command that waits for its target holds no permit that others need.
+            let both = async { (permits.acquire().await, self.permits.acquire().await) };
             let permitted = tokio::select! {
                 permitted = timeout(PATIENCE, both) => permitted,
                 // An error means that the node has ended.
