@@ -270,17 +270,17 @@ pub async fn schedules(directory: &Path) -> Result<(), Failure> {
     let id = Uuid::now_v7(); // from the request, so that a retry schedules nothing twice
     let scheduled = runtime.execute::<Show>("norma", announce).command_id(id).after(HOUR).await?;
     writeln!(stdout(), "due at {}", scheduled.due_at)?;
-    runtime.scheduled(id).cancel().await?;
+    runtime.scheduled_command(id).cancel().await?;
 
     let sell = ShowCommand::Sell { buyer: "the house".into(), seats: 1 };
     let nightly = Recurrence::cron("30 2 * * *", "Europe/Berlin")?;
     runtime.execute::<Show>("tosca-extra", sell).repeat("house seat", nightly).await?;
     let schedule = runtime.schedule("house seat");
     let command = schedule.trigger().await?; // once, now
-    while runtime.scheduled(command).status().await?.is_some() {
+    while runtime.scheduled_command(command).status().await?.is_some() {
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
-    assert_eq!(schedule.status().await?.map(|status| status.executed), Some(1));
+    assert_eq!(schedule.status().await?.map(|status| status.created), Some(1));
     runtime.shutdown().await?;
     Ok(())
 }

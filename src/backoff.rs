@@ -39,7 +39,6 @@ impl Backoff {
 }
 
 /// Returns `wait`, changed randomly by at most the fraction `by` of it.
-#[cfg(feature = "nats")]
 pub(crate) fn jitter(wait: Duration, by: f64) -> Duration {
     wait.mul_f64(1.0 - by + 2.0 * by * random())
 }

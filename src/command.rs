@@ -4,6 +4,9 @@
 //! goes directly to the actor. Over a [`CommandBus`] that reaches other nodes it goes to the node
 //! that owns it. Its id, deadline, receipt and errors are the same in both cases.
 //!
+//! [`Execute::after`], [`Execute::at`] and [`Execute::repeat`] store a command for later:
+//! [`schedule`](crate::schedule).
+//!
 //! ```text
 //! execute ──► owner? ── this node ──────────────────────────► router ─► actor ──► answer
 //!               └────── other node ──► its subject ──► accepted … alive … executed ──► answer
@@ -43,7 +46,7 @@ pub use self::dispatched::{Dispatched, Report};
 pub(crate) use self::dispatcher::Dispatcher;
 pub(crate) use self::envelope::Envelope;
 pub use self::envelope::{ASSIGN_TIMEOUT, RECEIVE_TIMEOUT};
-pub(crate) use self::erased::{ATTEMPT_ENDS, ErasedAnswer, ErasedCommand};
+pub(crate) use self::erased::{ATTEMPT_LIFETIME, ErasedAnswer, ErasedCommand};
 pub use self::execute::Execute;
 pub use self::execute_and_wait::{Applied, ExecuteAndWait, ProjectionLag};
 pub use self::execute_command::{Command, ExecuteCommand};

@@ -89,10 +89,16 @@
 //!
 //! - **scheduled command**: A command that the store keeps until it is due. In code:
 //!   [`Execute::after`](crate::command::Execute::after).
-//! - **schedule**: A stored rule that creates commands at regular times. In code:
-//!   [`Recurrence`](crate::Recurrence), its timing.
-//! - **tick**: A time of a schedule, and the command that the schedule creates for it.
-//! - **scheduler**: The part of a node that starts what is due while the node holds its lease.
+//! - **schedule**: A stored rule that creates a command at each of its ticks. In code:
+//!   [`Execute::repeat`](crate::command::Execute::repeat), with a
+//!   [`Recurrence`](crate::Recurrence). The [`Schedule`](crate::projection::Schedule) of a
+//!   projection is something else.
+//! - **tick**: A time of a schedule. At a tick, the schedule creates a command, unless the tick is
+//!   skipped or missed.
+//! - **scheduler**: The part of a node that starts due commands and creates those of ticks, while
+//!   the node is the holder of the lease `scheduler`.
+//! - **postponed**: Returned to the store by the scheduler, because the target was unavailable or
+//!   slow. The command waits again.
 //!
 //! # Failures
 //!

@@ -69,6 +69,11 @@ impl HeldLease {
         Ok(Some(Self { lease, ttl, store: store.clone(), end, sure, renewal }))
     }
 
+    /// Returns the lease as the store has it, except its end.
+    pub(crate) fn lease(&self) -> &Lease {
+        &self.lease
+    }
+
     /// Returns the fencing token; it grows with every new owner.
     pub(crate) fn epoch(&self) -> u64 {
         self.lease.epoch

@@ -2,7 +2,8 @@
 //!
 //! You write an [`Aggregate`] (state, commands, events) in plain Rust. storied provides an actor
 //! for each active aggregate, a durable log, a bus that carries the log in order, projections that
-//! apply every event exactly once, and processes that react to events with commands and timers.
+//! apply every event exactly once, processes that react to events with commands and timers, and
+//! commands that wait until they are due.
 //!
 //! The guarantee: *no acknowledged event is lost, skipped, reordered within its stream or applied
 //! twice to a read model, whichever process fails, at any time.*
@@ -17,12 +18,14 @@
 //!                  └── commands of a reaction ──────────────────── reacts to events
 //! ```
 //!
+//! A scheduled command takes the same path: the scheduler sends it to its target when it is due.
 //! Each stage is a module:
 //!
 //! - [`event`]: events and their names; [`codec`]: their encoding, and the upcasting of old
 //!   payloads;
 //! - [`store`]: the port to the log (append, read, high-water mark, checkpoints, leases,
-//!   snapshots, timers, scheduled commands), with [`MemoryStore`], [`SqliteStore`] and [`PostgresStore`];
+//!   snapshots, timers, scheduled commands), with [`MemoryStore`], [`SqliteStore`] and
+//!   [`PostgresStore`];
 //! - [`feed`]: the live tail of the log in a process;
 //! - [`bus`]: the port that carries the log to other processes, with [`NatsBus`]; the [`publisher`]
 //!   publishes the log to it;

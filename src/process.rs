@@ -149,8 +149,8 @@ pub trait Process: Default + Send + Sync + 'static {
 
     /// Returns the events that start or continue an instance, and the ids of these instances.
     ///
-    /// Called at the start. If a route is invalid, for example because of an unknown variant, the runtime
-    /// does not start.
+    /// Called when the process is registered. If a route is invalid, for example because of an
+    /// unknown variant, the runtime does not start.
     fn routes() -> Routes<Self::Event>;
 
     /// Reacts to an input. `self` is the state before the input.

@@ -2,33 +2,39 @@
 //!
 //! [`Execute::after`](crate::command::Execute::after) and [`at`](crate::command::Execute::at) store
 //! a command until it is due. [`repeat`](crate::command::Execute::repeat) stores a recurring
-//! [`Recurrence`]: each of its ticks is such a command, with an id that depends on the name of the
-//! schedule and the time of the tick.
+//! schedule with its [`Recurrence`]. Each tick creates such a command. Its id depends on the name
+//! of the schedule and the time of the tick.
 //!
-//! Due times are by the clock of the store. One node at a time, the holder of the lease
-//! `scheduler`, starts what is due, and executes it on whatever node owns the target. If it ends,
-//! another node continues. A started command is sent with the same id until it has an answer, so it
-//! takes effect once (I8). A command that is rejected, or that fails permanently, is parked until an
-//! operator retries or cancels it.
+//! Due times are by the clock of the store. The holder of the lease `scheduler` starts due
+//! commands, and sends each to the node that owns its target. If this node ends, another node
+//! continues. A started command is sent with the same id until its outcome is known, so it takes
+//! effect once (I8).
+//!
+//! A command that its target rejects is parked until an operator retries or cancels it. So is a
+//! command that fails permanently, for example because its aggregate panics. A command whose target
+//! is unavailable or slow is postponed: it waits again. So is a command to a handler that fails,
+//! panics or reaches its time limit.
+//!
+//! The [`Schedule`](crate::projection::Schedule) of a projection is something else: the times at
+//! which it applies events.
 
 mod change;
 mod command;
+mod command_handle;
 mod definition;
-mod delayed;
 mod error;
-mod execution;
-mod handle;
-mod recurring;
+mod execute_later;
+mod executor;
+mod recurrence;
+mod schedule_handle;
 mod scheduler;
 mod status;
 mod ticks;
-mod timing;
 
 pub use self::change::ScheduleChange;
-pub use self::delayed::Scheduled;
+pub use self::command_handle::{Cancellation, ScheduledCommandHandle, ScheduledCommandStatus};
 pub use self::error::{InvalidRecurrence, ScheduleError};
-pub use self::handle::{Cancellation, ScheduledHandle, ScheduledStatus};
-pub use self::recurring::{ScheduleHandle, ScheduleStatus};
+pub use self::recurrence::{Overlap, Recurrence};
+pub use self::schedule_handle::{ScheduleHandle, ScheduleStatus};
 pub(crate) use self::scheduler::{Scheduler, SchedulerServices};
 pub use self::status::{SchedulerState, SchedulerStatus};
-pub use self::timing::{Overlap, Recurrence};

@@ -85,5 +85,5 @@ pub use self::scheduled::{
 pub use self::snapshot::{Snapshot, SnapshotRevision};
 #[cfg(feature = "sqlite")]
 pub use self::sqlite::{SqliteOptions, SqliteStore};
-pub use self::timer::{DueTimers, NewTimer, StoredTimer, TimerDue, TimerRef};
+pub use self::timer::{DueTime, DueTimers, NewTimer, StoredTimer, TimerRef};
 pub use crate::future::BoxFuture;

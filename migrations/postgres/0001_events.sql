@@ -977,9 +977,17 @@ BEGIN
 END $$;
 REVOKE EXECUTE ON FUNCTION storied.start_due_commands FROM PUBLIC;
 
--- Ends started commands, and returns the number of changed rows. A command without a reason for
--- parking is deleted.
-CREATE FUNCTION storied.end_commands(command_ids uuid[], reasons text[], waits bigint[]) RETURNS bigint
+-- Ends commands, and returns the number of changed rows. With a wait, a started command waits again, for
+-- as many microseconds. With a reason, it is parked. Without either it is deleted, also if it is parked.
+-- With a lease, commands wait or are parked only if the stored lease has the same owner and epoch.
+CREATE FUNCTION storied.end_commands(
+    command_ids uuid[],
+    reasons     text[],
+    waits       bigint[],
+    of_lease    text,
+    of_owner    uuid,
+    of_epoch    bigint
+) RETURNS bigint
 LANGUAGE plpgsql VOLATILE
 SET search_path = pg_catalog, pg_temp
 SET plan_cache_mode = force_generic_plan
@@ -990,12 +998,21 @@ DECLARE
     changed  bigint := 0;
     affected bigint;
     ended    record;
+    is_stale boolean := false;
 BEGIN
     IF current_setting('synchronous_commit') = 'off' THEN
         RAISE EXCEPTION 'synchronous_commit is off: scheduled commands would be reported before they are durable' USING ERRCODE = 'ST002';
     END IF;
+    IF of_lease IS NOT NULL AND (num_nulls(VARIADIC reasons) < cardinality(reasons) OR num_nulls(VARIADIC waits) < cardinality(waits)) THEN
+        -- The lock makes a takeover wait until the ends are committed.
+        PERFORM 1 FROM storied.leases AS l
+        WHERE l.name = of_lease AND l.owner = of_owner AND l.epoch = of_epoch
+        FOR SHARE;
+        is_stale := NOT FOUND;
+    END IF;
     -- Sorted, so that calls with common commands wait in the same order.
     FOR ended IN SELECT * FROM unnest(command_ids, reasons, waits) AS e (id, reason, wait) ORDER BY e.id LOOP
+        CONTINUE WHEN is_stale AND (ended.wait IS NOT NULL OR ended.reason IS NOT NULL);
         IF ended.wait IS NOT NULL THEN
             UPDATE storied.scheduled_commands AS c
             SET state = 'waiting', due_at = clock_timestamp() + ended.wait * interval '1 microsecond'

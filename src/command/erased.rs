@@ -16,7 +16,7 @@ use crate::event::Metadata;
 /// Time after which an attempt at a command has ended: no node decides on it after its deadline.
 ///
 /// The part above the deadline covers the transit of a message.
-pub(crate) const ATTEMPT_ENDS: Duration = RECEIVE_TIMEOUT.saturating_add(Duration::from_secs(2));
+pub(crate) const ATTEMPT_LIFETIME: Duration = RECEIVE_TIMEOUT.saturating_add(Duration::from_secs(2));
 
 /// A command with its target, encoded.
 #[derive(Debug, Clone)]

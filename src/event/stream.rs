@@ -73,7 +73,9 @@ pub(crate) fn id_problem(what: &str, id: &str) -> Option<String> {
     text_problem(what, id, MAX_ID)
 }
 
-/// Returns the reason why a text is not one of 1 to `limit` printable bytes.
+/// Returns the reason why a text is empty, longer than `limit` bytes, or has a control character.
+///
+/// `what` names the text in the reason.
 pub(crate) fn text_problem(what: &str, text: &str, limit: usize) -> Option<String> {
     if text.is_empty() {
         return Some(format!("empty {what}; use 1 to {limit} bytes of text"));

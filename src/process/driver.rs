@@ -24,7 +24,7 @@ use super::reaction::{Consumed, Reaction};
 use super::resumption::resumption;
 use super::routes::RouteKind;
 use super::work::{Work, WorkError, WorkKind};
-use crate::command::{ATTEMPT_ENDS, ErasedAnswer};
+use crate::command::{ATTEMPT_LIFETIME, ErasedAnswer};
 use crate::event::{Metadata, RecordedEvent, StreamId, Version};
 use crate::future::BoxFuture;
 use crate::outage::is_outage;
@@ -297,7 +297,7 @@ impl<'a, P: Process> Driver<'a, P> {
         }
         let (now, term) = (Instant::now(), self.drivers.term.held_since());
         // An earlier owner may have sent the commands of earlier reactions just before its end.
-        let since = term.unwrap_or(now) + ATTEMPT_ENDS;
+        let since = term.unwrap_or(now) + ATTEMPT_LIFETIME;
         for (index, effect) in effects.into_iter().enumerate() {
             if self.known.insert(effect.id) {
                 let of_owner = if index < resent { since } else { now };
@@ -365,7 +365,7 @@ impl<'a, P: Process> Driver<'a, P> {
             ErasedAnswer::Rejected { message, details } => Settlement::Rejected { message, details },
             ErasedAnswer::Transient { reason, uncertain } => {
                 if uncertain {
-                    attempt.alone_at = Instant::now() + ATTEMPT_ENDS;
+                    attempt.alone_at = Instant::now() + ATTEMPT_LIFETIME;
                 }
                 if attempt.since.elapsed() >= PATIENCE {
                     return self.give_up(&reason);

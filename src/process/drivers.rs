@@ -43,7 +43,7 @@ pub(super) struct Drivers<P: Process> {
     pub(super) limits: Limits,
     /// Wait of the timers that resume instances.
     pub(super) resume_after: Duration,
-    /// Term of the owner's lease.
+    /// Term of the lease, while this node is the lease holder.
     pub(super) term: CurrentTerm,
     pub(super) unresolved: UnresolvedAttempts,
     /// Permits for commands in flight.

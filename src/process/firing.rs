@@ -16,7 +16,7 @@ use super::work::{WorkError, WorkKind};
 use crate::backoff::Backoff;
 use crate::event::Position;
 use crate::projection::{ProjectionState, ProjectionStatus};
-use crate::store::{EventStore, NewTimer, StoreError, StoredTimer, TimerDue, TimerRef};
+use crate::store::{DueTime, EventStore, NewTimer, StoreError, StoredTimer, TimerRef};
 
 /// Maximum number of timers in a page of due ones.
 const PAGE: usize = 500;
@@ -172,7 +172,7 @@ fn changes(
                 tracing::error!(instance, timer = name, reason, "could not fire a timer; retrying later");
                 // The removal comes first, so that the same version can get another time.
                 remove.push(TimerRef { instance: instance.clone(), name: name.clone(), version });
-                put.push(NewTimer { instance, name, version, due: TimerDue::After(resume_after) });
+                put.push(NewTimer { instance, name, version, due: DueTime::After(resume_after) });
             }
             _ if name.is_empty() && unfinished.contains_key(&instance) => {}
             _ => remove.push(TimerRef { instance, name, version }),

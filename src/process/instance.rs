@@ -17,7 +17,7 @@ use super::{Input, Process, ProcessContext, Rejection, Reply};
 use crate::aggregate::{Aggregate, Context, Decided, Decision, NeverRejects};
 use crate::event::{EventSet, Position, RecordedEvent, Version};
 use crate::panic::caught;
-use crate::store::{NewTimer, TimerDue, TimerRef};
+use crate::store::{DueTime, NewTimer, TimerRef};
 
 /// Maximum number of inputs that a parked instance holds.
 const MOST_HELD: usize = 10_000;
@@ -407,8 +407,8 @@ fn ends_running(events: &[ProcessEvent]) -> bool {
 /// Returns a timer without its instance, which the driver adds.
 fn new_timer(name: &str, version: Version, due: Due) -> NewTimer {
     let due = match due {
-        Due::After(millis) => TimerDue::After(Duration::from_millis(millis)),
-        Due::At(time) => TimerDue::At(time),
+        Due::After(millis) => DueTime::After(Duration::from_millis(millis)),
+        Due::At(time) => DueTime::At(time),
     };
     NewTimer { instance: String::new(), name: name.to_owned(), version, due }
 }

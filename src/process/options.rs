@@ -48,9 +48,10 @@ impl ProcessOptions {
         self
     }
 
-    /// Sets how long the lease of the owner is valid.
+    /// Sets the TTL of the lease under which a node owns the process.
     ///
-    /// If the owner dies, another node continues after this time. Default: 6 s. Range: 1 s to 1 day.
+    /// If the lease holder dies, another node continues after this time. Default: 6 s. Range: 1 s
+    /// to 1 day.
     #[must_use]
     pub fn lease(mut self, ttl: Duration) -> Self {
         self.lease = ttl;

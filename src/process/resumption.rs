@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use crate::event::Version;
-use crate::store::{NewTimer, TimerDue};
+use crate::store::{DueTime, NewTimer};
 
 /// Maximum time after which work that is left is resumed.
 const RESUME_AFTER: Duration = Duration::from_secs(5);
@@ -17,5 +17,5 @@ pub(super) fn resume_after(lease: Duration) -> Duration {
 
 /// Returns the timer that resumes an instance, which has work to do at a version of its stream.
 pub(super) fn resumption(instance: String, version: Version, wait: Duration) -> NewTimer {
-    NewTimer { instance, name: String::new(), version, due: TimerDue::After(wait) }
+    NewTimer { instance, name: String::new(), version, due: DueTime::After(wait) }
 }

@@ -57,7 +57,8 @@ pub struct ProcessStatus {
     pub held: u64,
     /// Number of times that an instance was parked.
     pub parked: u64,
-    /// Number of events that were ignored: the instance existed, did not exist, or had ended.
+    /// Number of events that were ignored: they start an instance that exists, continue one that
+    /// does not exist, or reach one that compensates or has ended.
     pub ignored: u64,
 }
 

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use tokio::sync::{Notify, mpsc, oneshot};
 
-use crate::store::{EventStore, NewTimer, StoreError, TimerDue, TimerRef};
+use crate::store::{DueTime, EventStore, NewTimer, StoreError, TimerRef};
 use crate::supervised::Task;
 
 /// Number of changes from which a write takes no further one.
@@ -59,8 +59,8 @@ async fn write_all(
             waiting.push(change.done);
         }
         let is_soon = put.iter().any(|timer| match timer.due {
-            TimerDue::After(wait) => wait < POLL,
-            TimerDue::At(_) => true,
+            DueTime::After(wait) => wait < POLL,
+            DueTime::At(_) => true,
         });
         let written = store.write_timers(process, put, remove).await;
         if is_soon && written.is_ok() {

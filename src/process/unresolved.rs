@@ -10,11 +10,11 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use tokio::time::Instant;
 use uuid::Uuid;
 
-use crate::command::ATTEMPT_ENDS;
+use crate::command::ATTEMPT_LIFETIME;
 
 /// The times of the last attempts without a known end, by command.
 ///
-/// An entry leaves after [`ATTEMPT_ENDS`], so the attempts of that time limit the number.
+/// An entry leaves after [`ATTEMPT_LIFETIME`], so the attempts of that time limit the number.
 #[derive(Debug, Default)]
 pub(super) struct UnresolvedAttempts(Mutex<Entries>);
 
@@ -39,7 +39,7 @@ impl UnresolvedAttempts {
     fn add(&self, command: Uuid) {
         let (mut entries, now) = (self.entries(), Instant::now());
         while let Some((at, oldest)) = entries.order.front().copied()
-            && now.duration_since(at) >= ATTEMPT_ENDS
+            && now.duration_since(at) >= ATTEMPT_LIFETIME
         {
             entries.order.pop_front();
             // A later attempt at the same command stays.
@@ -58,7 +58,7 @@ impl UnresolvedAttempts {
 
     /// Returns the time from which a new attempt at a command is the only one.
     pub(super) fn end(&self, command: Uuid) -> Option<Instant> {
-        self.entries().by_command.get(&command).map(|at| *at + ATTEMPT_ENDS)
+        self.entries().by_command.get(&command).map(|at| *at + ATTEMPT_LIFETIME)
     }
 }
 

@@ -6,7 +6,7 @@ use uuid::Uuid;
 use super::Runtime;
 use super::commands::TargetServices;
 use crate::projection::NodeServices;
-use crate::schedule::{ScheduleHandle, ScheduledHandle, Scheduler, SchedulerServices};
+use crate::schedule::{ScheduleHandle, ScheduledCommandHandle, Scheduler, SchedulerServices};
 
 /// Starts the scheduler, if the node `executes` commands.
 pub(super) async fn start_scheduler(
@@ -32,8 +32,8 @@ impl Runtime {
     ///
     /// [`Execute::after`](crate::command::Execute::after) and
     /// [`Execute::at`](crate::command::Execute::at) schedule a command.
-    pub fn scheduled(&self, command_id: Uuid) -> ScheduledHandle {
-        ScheduledHandle::new(self.inner.store.clone(), command_id)
+    pub fn scheduled_command(&self, command_id: Uuid) -> ScheduledCommandHandle {
+        ScheduledCommandHandle::new(self.inner.store.clone(), command_id)
     }
 
     /// Returns the handle of a recurring schedule: its status, its pause, its end.

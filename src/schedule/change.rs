@@ -5,14 +5,14 @@ use chrono::{DateTime, Utc};
 use super::command::StoredCommand;
 use super::definition::Definition;
 use super::error::ScheduleError;
-use super::ticks::miss;
-use super::timing::Recurrence;
+use super::recurrence::Recurrence;
+use super::ticks::count_missed;
 use crate::store::{EventStore, NewScheduledCommand};
 
 /// Number of attempts at a change while others change the schedule.
 pub(super) const ATTEMPTS: usize = 10;
 
-/// What [`Execute::repeat`](crate::command::Execute::repeat) has done.
+/// The effect of [`Execute::repeat`](crate::command::Execute::repeat).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum ScheduleChange {
@@ -46,7 +46,7 @@ pub(super) async fn put(
                 Ok(old) if old.is_same(&new) => return Ok(ScheduleChange::Unchanged),
                 Ok(mut old) => {
                     if !old.paused && old.timing != new.timing {
-                        miss(&mut old, new.done_to)?;
+                        count_missed(&mut old, new.done_to)?;
                     }
                     (new.replacing(&old), stored.revision, ScheduleChange::Replaced)
                 }
@@ -57,10 +57,11 @@ pub(super) async fn put(
             return Ok(change);
         }
     }
-    Err(ScheduleError::Busy { name: name.to_owned() })
+    Err(ScheduleError::RetriesExhausted { name: name.to_owned() })
 }
 
-/// Changes a stored schedule, and stores the commands that `change` returns in the same transaction.
+/// Changes a stored schedule, and stores the commands that `change` returns in the same
+/// transaction.
 ///
 /// If `change` returns `None`, nothing is written.
 pub(super) async fn change(
@@ -78,5 +79,5 @@ pub(super) async fn change(
             return Ok(());
         }
     }
-    Err(ScheduleError::Busy { name: name.to_owned() })
+    Err(ScheduleError::RetriesExhausted { name: name.to_owned() })
 }

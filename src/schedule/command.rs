@@ -7,7 +7,7 @@ use uuid::Uuid;
 use crate::codec::{byte_string, fingerprint, from_cbor, to_cbor};
 use crate::command::{ErasedCommand, Expected, Kind};
 use crate::event::{EncodeError, Metadata};
-use crate::store::{NewScheduledCommand, TimerDue};
+use crate::store::{DueTime, NewScheduledCommand};
 
 /// Version number of this format.
 const FORMAT: u32 = 1;
@@ -30,20 +30,41 @@ pub(super) struct StoredCommand {
     expected: Expected,
     /// Requested time, if the command has a time of its own.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    due: Option<Requested>,
+    due: Option<RequestedTime>,
+}
+
+/// The part of every format that says which one it is.
+#[derive(Deserialize)]
+struct Version {
+    format: u32,
+}
+
+/// The reason why a stored command cannot be executed by this node.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Unreadable {
+    /// A newer version wrote it.
+    Newer(String),
+    /// It does not decode.
+    Invalid(String),
+}
+
+impl Unreadable {
+    fn invalid(reason: String) -> Self {
+        Self::Invalid(format!("the command does not decode: {reason}"))
+    }
 }
 
 /// The time that the caller has requested.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub(super) enum Requested {
+pub(super) enum RequestedTime {
     /// Microseconds after the request.
     After(u64),
     At(DateTime<Utc>),
 }
 
 impl StoredCommand {
-    pub(super) fn of(command: &ErasedCommand, due: Option<Requested>) -> Result<Self, EncodeError> {
+    pub(super) fn of(command: &ErasedCommand, due: Option<RequestedTime>) -> Result<Self, EncodeError> {
         let ErasedCommand { kind, name, key, payload, metadata, expected, .. } = command;
         Ok(Self {
             format: FORMAT,
@@ -57,18 +78,21 @@ impl StoredCommand {
         })
     }
 
-    pub(super) fn decode(bytes: &[u8]) -> Result<Self, String> {
-        let command: Self = from_cbor(bytes)?;
-        match command.format {
-            FORMAT => Ok(command),
-            other => Err(format!("unknown format {other} (expected {FORMAT}); update this node")),
+    pub(super) fn decode(bytes: &[u8]) -> Result<Self, Unreadable> {
+        // A newer form may have other fields.
+        let Version { format } = from_cbor(bytes).map_err(Unreadable::invalid)?;
+        if format != FORMAT {
+            let reason = format!("unknown format {format} (expected {FORMAT}); update this node");
+            return Err(Unreadable::Newer(reason));
         }
+        from_cbor(bytes).map_err(Unreadable::invalid)
     }
 
     /// Returns the command for its execution under an id.
-    pub(super) fn command(self, id: Uuid) -> Result<ErasedCommand, String> {
+    pub(super) fn command(self, id: Uuid) -> Result<ErasedCommand, Unreadable> {
         let Self { kind, name, key, payload, metadata, expected, .. } = self;
-        Ok(ErasedCommand { id, kind, name, key, payload, metadata: Metadata::decode(&metadata)?, expected })
+        let metadata = Metadata::decode(&metadata).map_err(Unreadable::invalid)?;
+        Ok(ErasedCommand { id, kind, name, key, payload, metadata, expected })
     }
 
     /// Returns the target in clear: `category/id`, or the name of the handler.
@@ -96,7 +120,7 @@ impl StoredCommand {
     pub(super) fn to_store(
         &self,
         id: Uuid,
-        due: TimerDue,
+        due: DueTime,
         schedule: Option<&str>,
     ) -> Result<NewScheduledCommand, EncodeError> {
         let (target, schedule) = (self.target(), schedule.map(str::to_owned));

@@ -8,7 +8,7 @@ use uuid::Uuid;
 
 use super::command::StoredCommand;
 use super::error::ScheduleError;
-use super::timing::{Overlap, Recurrence, Timing};
+use super::recurrence::{Overlap, Recurrence, Timing};
 use crate::codec::{from_cbor, to_cbor};
 use crate::event::EncodeError;
 use crate::store::StoredSchedule;
@@ -33,11 +33,12 @@ pub(super) struct Definition {
     /// Time of the last tick that has become a command.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) last_at: Option<DateTime<Utc>>,
-    /// Number of ticks that have become commands.
-    pub(super) executed: u64,
-    /// Number of ticks that came too late.
+    /// Number of commands that ticks and triggers have created.
+    pub(super) created: u64,
+    /// Number of ticks that created no command: too late, before a newer due tick, or due when the
+    /// schedule was paused or replaced.
     pub(super) missed: u64,
-    /// Number of ticks that came before the end of an earlier one.
+    /// Number of ticks that came while a command of the schedule had no answer.
     pub(super) skipped: u64,
 }
 
@@ -54,7 +55,7 @@ impl Definition {
             paused: false,
             done_to: now,
             last_at: None,
-            executed: 0,
+            created: 0,
             missed: 0,
             skipped: 0,
         }
@@ -72,10 +73,10 @@ impl Definition {
 
     /// Adopts the progress of the definition that this one replaces.
     pub(super) fn replacing(self, old: &Self) -> Self {
-        let Self { paused, last_at, executed, missed, skipped, done_to, .. } = *old;
+        let Self { paused, last_at, created, missed, skipped, done_to, .. } = *old;
         // With the same timing, the ticks that are due run with the new command.
         let done_to = if self.timing == old.timing { done_to } else { done_to.max(self.done_to) };
-        Self { paused, last_at, executed, missed, skipped, done_to, ..self }
+        Self { paused, last_at, created, missed, skipped, done_to, ..self }
     }
 
     pub(super) fn decode(stored: &StoredSchedule) -> Result<Self, ScheduleError> {

@@ -8,7 +8,7 @@ use crate::event::EncodeError;
 use crate::invalid_option::InvalidOption;
 use crate::store::StoreError;
 
-/// A cron line, time zone or interval that makes no schedule.
+/// An invalid cron line, time zone or option of a recurrence.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum InvalidRecurrence {
@@ -21,7 +21,7 @@ pub enum InvalidRecurrence {
         reason: String,
     },
     /// The cron line matches no time.
-    #[error("invalid cron line {line:?}: it matches no time; check day and month")]
+    #[error("invalid cron line {line:?}: no time matches; check day and month")]
     Never {
         /// The line.
         line: String,
@@ -42,7 +42,7 @@ pub enum InvalidRecurrence {
 #[non_exhaustive]
 pub enum ScheduleError {
     /// The command cannot be executed: its id is invalid, or no node handles it.
-    #[error("scheduling command {id} failed: {kind}")]
+    #[error("storing command {id} failed: {kind}")]
     NotExecutable {
         /// Id of the command.
         id: Uuid,
@@ -51,9 +51,9 @@ pub enum ScheduleError {
     },
     /// A different command, or the same one with another time, is scheduled under this id.
     #[error(
-        "scheduling command {id} failed: another request with this id is due at {due_at}; use a new id, or cancel the other one"
+        "storing command {id} failed: another request with this id is due at {due_at}; use a new id, or cancel the stored command"
     )]
-    SameId {
+    CommandIdReused {
         /// Id of both commands.
         id: Uuid,
         /// Due time of the stored command.
@@ -68,14 +68,16 @@ pub enum ScheduleError {
         /// The name.
         name: String,
     },
-    /// Others changed the schedule at the same time, again and again. Retryable.
-    #[error("changing schedule {name:?} failed: others change it at the same time; retry")]
-    Busy {
+    /// Other writers changed the schedule before each attempt of this change. Retryable.
+    #[error("changing schedule {name:?} failed: concurrent changes came first; retry")]
+    RetriesExhausted {
         /// Name of the schedule.
         name: String,
     },
     /// The schedule with its command is too large.
-    #[error("schedule {name:?} too large: {size} bytes with its command (limit {limit} bytes)")]
+    #[error(
+        "storing schedule {name:?} failed: {size} bytes with its command (limit {limit}); use a smaller command"
+    )]
     TooLarge {
         /// Name of the schedule.
         name: String,
@@ -85,7 +87,7 @@ pub enum ScheduleError {
         limit: usize,
     },
     /// A backfill contains too many ticks.
-    #[error("the backfill of schedule {name:?} has more than {limit} ticks; divide the time")]
+    #[error("backfilling schedule {name:?} failed: more than {limit} ticks; divide the time range")]
     TooManyTicks {
         /// Name of the schedule.
         name: String,
@@ -93,7 +95,7 @@ pub enum ScheduleError {
         limit: usize,
     },
     /// The stored definition does not decode, for example because a newer version wrote it.
-    #[error("schedule {name:?} does not decode: {reason}")]
+    #[error("decoding schedule {name:?} failed: {reason}")]
     Undecodable {
         /// Name of the schedule.
         name: String,

@@ -43,6 +43,8 @@ pub struct SchedulerStatus {
     pub executed: u64,
     /// Number of commands that were parked: rejected, or failed permanently.
     pub parked: u64,
+    /// Number of times that a command was postponed, because its target was unavailable or busy.
+    pub postponed: u64,
     /// Number of ticks of recurring schedules that became commands.
     pub ticks: u64,
     /// Last failure; `None` if there was none. A later success does not clear it.
@@ -51,6 +53,6 @@ pub struct SchedulerStatus {
 
 impl SchedulerStatus {
     pub(crate) fn new(state: SchedulerState) -> Self {
-        Self { state, started: 0, executed: 0, parked: 0, ticks: 0, last_error: None }
+        Self { state, started: 0, executed: 0, parked: 0, postponed: 0, ticks: 0, last_error: None }
     }
 }

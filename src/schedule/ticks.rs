@@ -4,14 +4,14 @@ use chrono::{DateTime, Utc};
 
 use super::definition::{Definition, tick_id};
 use super::error::ScheduleError;
-use super::timing::{Overlap, Ticker};
-use crate::store::{NewScheduledCommand, TimerDue};
+use super::recurrence::{Overlap, Ticker};
+use crate::store::{DueTime, NewScheduledCommand};
 use crate::time::later;
 
 /// Maximum number of ticks that a step considers; the next step considers the others.
 const STEP: usize = 1_000;
 
-/// Maximum number of ticks that a pause counts as missed: a day of seconds.
+/// Maximum number of ticks that a pause or a replacement counts as missed: a day of seconds.
 const MOST_COUNTED: usize = 86_400;
 
 /// Records the ticks up to `now` in the definition, and returns their commands.
@@ -35,7 +35,7 @@ pub(super) fn tick(
         } else if definition.overlap == Overlap::Skip && busy {
             definition.skipped += 1;
         } else {
-            definition.executed += 1;
+            definition.created += 1;
             definition.last_at = Some(at);
             commands.push(command_of(definition, name, at)?);
         }
@@ -45,7 +45,7 @@ pub(super) fn tick(
 }
 
 /// Records the ticks up to `now` as missed, because the schedule is paused or replaced.
-pub(super) fn miss(definition: &mut Definition, now: DateTime<Utc>) -> Result<(), ScheduleError> {
+pub(super) fn count_missed(definition: &mut Definition, now: DateTime<Utc>) -> Result<(), ScheduleError> {
     let ticker = definition.timing.ticker()?;
     let missed = between(&ticker, definition.done_to, now).take(MOST_COUNTED).count();
     definition.missed += missed as u64;
@@ -53,9 +53,11 @@ pub(super) fn miss(definition: &mut Definition, now: DateTime<Utc>) -> Result<()
     Ok(())
 }
 
-/// Returns the commands of the ticks after `from` up to `to`, which may have been executed already.
+/// Returns the commands of the ticks after `from` up to `to`.
+///
+/// They may be stored or executed already.
 pub(super) fn backfill(
-    definition: &mut Definition,
+    definition: &Definition,
     name: &str,
     from: DateTime<Utc>,
     to: DateTime<Utc>,
@@ -65,7 +67,6 @@ pub(super) fn backfill(
     if times.len() > STEP {
         return Err(ScheduleError::TooManyTicks { name: name.to_owned(), limit: STEP });
     }
-    definition.executed += times.len() as u64;
     times.into_iter().map(|at| command_of(definition, name, at)).collect()
 }
 
@@ -83,7 +84,7 @@ fn command_of(
     name: &str,
     at: DateTime<Utc>,
 ) -> Result<NewScheduledCommand, ScheduleError> {
-    Ok(definition.command.to_store(tick_id(name, at), TimerDue::At(at), Some(name))?)
+    Ok(definition.command.to_store(tick_id(name, at), DueTime::At(at), Some(name))?)
 }
 
 #[cfg(test)]
@@ -91,7 +92,7 @@ mod tests {
     use std::time::Duration;
 
     use super::super::command::StoredCommand;
-    use super::super::timing::Recurrence;
+    use super::super::recurrence::Recurrence;
     use super::*;
     use crate::command::{ErasedCommand, Expected, Kind};
     use crate::event::Metadata;
@@ -116,19 +117,19 @@ mod tests {
         Definition::new(schedule(Recurrence::every(SECOND).unwrap()), command, at(0))
     }
 
-    fn run(definition: &mut Definition, now: i64, busy: bool) -> Vec<TimerDue> {
+    fn run(definition: &mut Definition, now: i64, busy: bool) -> Vec<DueTime> {
         tick(definition, "close", at(now), busy).unwrap().into_iter().map(|command| command.due).collect()
     }
 
     fn counts(definition: &Definition) -> [u64; 3] {
-        [definition.executed, definition.skipped, definition.missed]
+        [definition.created, definition.skipped, definition.missed]
     }
 
     #[test]
     fn a_tick_is_a_command_once() {
         let mut one = every_second(|it| it);
         assert_eq!(run(&mut one, 0, false), []);
-        assert_eq!(run(&mut one, 1, false), [TimerDue::At(at(1))]);
+        assert_eq!(run(&mut one, 1, false), [DueTime::At(at(1))]);
         assert_eq!(run(&mut one, 1, false), []);
         assert_eq!(run(&mut one, 2, true), []);
         assert_eq!((counts(&one), one.last_at, one.done_to), ([1, 1, 0], Some(at(1)), at(2)));
@@ -137,10 +138,10 @@ mod tests {
     #[test]
     fn after_an_outage_the_newest_tick_runs_or_all_that_are_not_too_late() {
         let mut skip = every_second(|it| it);
-        assert_eq!(run(&mut skip, 10, false), [TimerDue::At(at(10))]);
+        assert_eq!(run(&mut skip, 10, false), [DueTime::At(at(10))]);
         assert_eq!(counts(&skip), [1, 0, 9]);
         let mut allow = every_second(|it| it.overlap(Overlap::Allow).catch_up(3 * SECOND));
-        assert_eq!(run(&mut allow, 10, true), [7, 8, 9, 10].map(|it| TimerDue::At(at(it))));
+        assert_eq!(run(&mut allow, 10, true), [7, 8, 9, 10].map(|it| DueTime::At(at(it))));
         assert_eq!(counts(&allow), [4, 0, 6]);
         let mut late = every_second(|it| it.catch_up(Duration::ZERO));
         let now = at(5) + chrono::TimeDelta::microseconds(1);
@@ -154,25 +155,25 @@ mod tests {
         assert_eq!(run(&mut one, 2_500, false), []);
         assert_eq!((counts(&one), one.done_to), ([0, 0, 1_000], at(1_000)));
         run(&mut one, 2_500, false);
-        assert_eq!(run(&mut one, 2_500, false), [TimerDue::At(at(2_500))]);
+        assert_eq!(run(&mut one, 2_500, false), [DueTime::At(at(2_500))]);
         assert_eq!(counts(&one), [1, 0, 2_499]);
     }
 
     #[test]
-    fn what_a_pause_prevents_is_missed() {
+    fn a_pause_counts_due_ticks_as_missed() {
         let mut one = every_second(|it| it);
-        miss(&mut one, at(3)).unwrap();
+        count_missed(&mut one, at(3)).unwrap();
         assert_eq!((counts(&one), one.done_to), ([0, 0, 3], at(3)));
-        miss(&mut one, at(1)).unwrap();
+        count_missed(&mut one, at(1)).unwrap();
         assert_eq!((counts(&one), one.done_to), ([0, 0, 3], at(3)));
     }
 
     #[test]
     fn a_backfill_is_limited() {
-        let mut one = every_second(|it| it);
-        assert_eq!(backfill(&mut one, "close", at(-2), at(1)).unwrap().len(), 3);
+        let one = every_second(|it| it);
+        assert_eq!(backfill(&one, "close", at(-2), at(1)).unwrap().len(), 3);
         assert!(matches!(
-            backfill(&mut one, "close", at(0), at(1_001)),
+            backfill(&one, "close", at(0), at(1_001)),
             Err(ScheduleError::TooManyTicks { limit: 1_000, .. })
         ));
     }

@@ -44,7 +44,8 @@ pub enum Adoption {
     /// The database is another one: a copy, or the store was moved.
     ///
     /// Reading, appending and following work. The node does not publish to a bus that nodes share,
-    /// does not join the command bus, uses no durable consumers and runs no processes.
+    /// does not join the command bus, uses no durable consumers and runs no processes. Scheduled
+    /// commands and recurring schedules wait until the store is [adopted](Adopt).
     Unadopted {
         /// Database in which the store was created or last adopted.
         recorded: Home,

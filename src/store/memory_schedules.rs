@@ -16,7 +16,7 @@ use super::scheduled::{
     DueCommands, DueSchedules, NewScheduledCommand, ScheduledCommand, ScheduledEnd, ScheduledOutcome,
     ScheduledQuery, ScheduledState, StoredSchedule,
 };
-use super::timer::{TimerDue, check_text, storable};
+use super::timer::{DueTime, check_text, storable};
 
 /// The scheduled commands and schedules of a store in memory, with the checks of the databases.
 #[derive(Debug, Default)]
@@ -65,20 +65,22 @@ impl MemorySchedules {
         Ok(DueCommands::new(commands, now, self.waiting.first().map(|(due_at, _)| *due_at)))
     }
 
-    pub(super) fn end_commands(&mut self, ends: Vec<ScheduledEnd>) -> Result<(), StoreError> {
+    /// `is_stale`: whether another holder has the lease.
+    pub(super) fn end_commands(&mut self, ends: Vec<ScheduledEnd>, is_stale: bool) -> Result<(), StoreError> {
         for (id, outcome) in checked_ends(ends)? {
             let Some(command) = self.commands.get_mut(&id) else { continue };
             match (command.state, outcome) {
                 (ScheduledState::Started | ScheduledState::Parked, ScheduledOutcome::Executed) => {
                     self.commands.remove(&id);
                 }
+                _ if is_stale => {}
                 (ScheduledState::Started, ScheduledOutcome::Parked(reason)) => {
                     command.state = ScheduledState::Parked;
                     command.reason = Some(reason);
                 }
                 (ScheduledState::Started, ScheduledOutcome::Postponed(wait)) => {
                     command.state = ScheduledState::Waiting;
-                    command.due_at = TimerDue::After(wait).time(Utc::now());
+                    command.due_at = DueTime::After(wait).time(Utc::now());
                     self.waiting.insert((command.due_at, id));
                 }
                 _ => {}

@@ -165,7 +165,9 @@ pub(super) fn checked_schedule(schedule: StoredSchedule) -> Result<StoredSchedul
     Ok(StoredSchedule { next_at: schedule.next_at.map(storable), ..schedule })
 }
 
-/// Checks the ends of commands, and returns the reason for parking of each command.
+/// Checks the ends of commands, and returns the outcome of each command as the store keeps it.
+///
+/// If a command is there twice, its first end counts.
 ///
 /// # Errors
 /// `Invalid`.
@@ -220,8 +222,8 @@ impl DueCommands {
 impl DueSchedules {
     /// Divides schedules in the order of their ticks into those that are due and the next one.
     ///
-    /// `earliest` contains at least `limit` + 1 schedules with a due tick, or all of them and the next
-    /// one.
+    /// `earliest` contains at least `limit` + 1 schedules with a due tick, or all of them and the
+    /// next one.
     pub(super) fn divide(earliest: Vec<StoredSchedule>, now: DateTime<Utc>, limit: usize) -> Self {
         let is_due = |schedule: &&StoredSchedule| schedule.next_at.is_some_and(|next| next <= now);
         let due = earliest.iter().take(limit).take_while(is_due).count();

@@ -3,6 +3,7 @@
 use uuid::Uuid;
 
 use super::error::StoreError;
+use super::lease::Lease;
 use super::scheduled::{
     DueCommands, DueSchedules, NewScheduledCommand, ScheduledCommand, ScheduledEnd, ScheduledQuery,
     StoredSchedule,
@@ -12,9 +13,10 @@ use crate::future::BoxFuture;
 /// The part of an event store that keeps scheduled commands and recurring schedules.
 ///
 /// A command is *waiting* until it is due, then *started* by one caller. The end of its execution
-/// deletes it, or *parks* it for an operator. A command that cannot be executed yet waits again. A command that was started and never ended stays
-/// started: [`scheduled_commands`](Self::scheduled_commands) finds it, and executing it again is safe
-/// because its id stays the same.
+/// deletes it, or *parks* it for an operator. A command that cannot be executed yet waits again.
+/// A command that was started and never ended stays started:
+/// [`scheduled_commands`](Self::scheduled_commands) finds it, and executing it again is safe because
+/// its id stays the same.
 ///
 /// All times are by the store's clock, which is the one of its leases. An answer is durable, as that
 /// of an append. The methods that only read may return what a failover loses; see
@@ -56,12 +58,19 @@ pub trait ScheduleStore: Send + Sync + 'static {
     /// Deletes, parks or postpones started commands, all in one transaction or none.
     ///
     /// Ignores a command that is not started or does not exist; an executed one is deleted although
-    /// it is parked. If a call contains an id twice, the
-    /// first end counts. The call is idempotent: after an error without a known outcome, repeat it.
+    /// it is parked. If a call contains an id twice, the first end counts. The call is idempotent:
+    /// after an error without a known outcome, repeat it.
+    ///
+    /// With a `lease`, the call parks and postpones only if the stored lease has the same owner and
+    /// epoch. So the ends of a stale holder only delete commands that took effect.
     ///
     /// # Errors
     /// `Invalid` for more than 10,000 ends ([`ScheduledCommand::MAX_LIMIT`]).
-    fn end_commands(&self, ends: Vec<ScheduledEnd>) -> BoxFuture<'_, Result<(), StoreError>>;
+    fn end_commands(
+        &self,
+        ends: Vec<ScheduledEnd>,
+        lease: Option<Lease>,
+    ) -> BoxFuture<'_, Result<(), StoreError>>;
 
     /// Deletes a waiting or parked command, and returns it as it was before.
     ///

@@ -7,7 +7,7 @@ use chrono::{DateTime, Utc};
 use serde::Serialize;
 use uuid::Uuid;
 
-use super::timer::TimerDue;
+use super::timer::DueTime;
 
 /// A command to store until it is due.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -21,7 +21,7 @@ pub struct NewScheduledCommand {
     /// Encoded command, opaque to the store; at most 1 MiB ([`ScheduledCommand::MAX_BODY`]).
     pub body: Vec<u8>,
     /// Time at which the command is due.
-    pub due: TimerDue,
+    pub due: DueTime,
     /// Name of the recurring schedule of which the command is a tick.
     ///
     /// Any text that the id of a stream may be.
@@ -86,7 +86,7 @@ pub struct ScheduledEnd {
 /// What becomes of a started command.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ScheduledOutcome {
-    /// The command took effect: it is deleted, also if an earlier owner has parked it.
+    /// The command took effect: it is deleted, also if an earlier lease holder has parked it.
     Executed,
     /// The command is parked for this reason.
     ///
@@ -116,7 +116,7 @@ pub struct StoredSchedule {
     pub revision: u64,
     /// Time of the next tick; `None` if the schedule is paused or has ended.
     ///
-    /// Stored as [`TimerDue::At`].
+    /// Stored as [`DueTime::At`].
     pub next_at: Option<DateTime<Utc>>,
 }
 

@@ -18,7 +18,7 @@ pub(super) const LISTING: &str = "listing timers";
 ///
 /// Stored in microseconds. A time outside of the limits becomes the nearest time within them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum TimerDue {
+pub enum DueTime {
     /// This long after the store's clock at the write, at most 1,000 years.
     After(Duration),
     /// This time, from the beginning of the year 1 to the beginning of 9999-12-31.
@@ -35,7 +35,7 @@ pub struct NewTimer {
     /// Version of the instance's stream that sets the timer.
     pub version: Version,
     /// Time at which the timer is due.
-    pub due: TimerDue,
+    pub due: DueTime,
 }
 
 /// The identity of a timer to remove.
@@ -83,7 +83,7 @@ const LONGEST: Duration = Duration::from_secs(1_000 * 366 * 86_400);
 /// Earliest and latest due time in seconds since 1970: 0001-01-01 and 9999-12-31.
 const RANGE: [i64; 2] = [-62_135_596_800, 253_402_214_400];
 
-impl TimerDue {
+impl DueTime {
     /// Returns the due time, if the store's clock shows `now` at the write.
     pub(super) fn time(self, now: DateTime<Utc>) -> DateTime<Utc> {
         match self {
@@ -176,7 +176,7 @@ pub(super) struct TimerChange {
     /// Highest version that is removed.
     pub(super) removed: Option<Version>,
     /// Version and due time that are put.
-    pub(super) put: Option<(Version, TimerDue)>,
+    pub(super) put: Option<(Version, DueTime)>,
 }
 
 /// The changes of a call, by instance and name.
@@ -233,14 +233,14 @@ mod tests {
     #[test]
     fn every_due_time_can_be_stored() {
         let now = Utc::now();
-        let year = |due: TimerDue| due.time(now).format("%Y-%m-%d").to_string();
-        assert_eq!(year(TimerDue::At(DateTime::<Utc>::MIN_UTC)), "0001-01-01");
-        assert_eq!(year(TimerDue::At(DateTime::<Utc>::MAX_UTC)), "9999-12-31");
-        assert_eq!(TimerDue::After(Duration::MAX).time(now), storable(now + LONGEST));
+        let year = |due: DueTime| due.time(now).format("%Y-%m-%d").to_string();
+        assert_eq!(year(DueTime::At(DateTime::<Utc>::MIN_UTC)), "0001-01-01");
+        assert_eq!(year(DueTime::At(DateTime::<Utc>::MAX_UTC)), "9999-12-31");
+        assert_eq!(DueTime::After(Duration::MAX).time(now), storable(now + LONGEST));
         assert_eq!(
-            TimerDue::After(Duration::ZERO).time(DateTime::<Utc>::MAX_UTC),
+            DueTime::After(Duration::ZERO).time(DateTime::<Utc>::MAX_UTC),
             storable(DateTime::<Utc>::MAX_UTC)
         );
-        assert_eq!(TimerDue::At(now).time(now).timestamp_micros(), now.timestamp_micros());
+        assert_eq!(DueTime::At(now).time(now).timestamp_micros(), now.timestamp_micros());
     }
 }

@@ -196,7 +196,8 @@ macro_rules! event_store_suite {
                 rivals_store_a_command_once,
                 one_of_many_rivals_writes_a_schedule,
                 removal_races_with_starting,
-                a_command_is_postponed;
+                a_command_is_postponed,
+                ends_of_a_stale_holder_are_ignored;
             oracle:
                 rivals_on_one_stream_leave_no_gap,
                 followers_see_exactly_the_log,

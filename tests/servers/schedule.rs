@@ -91,12 +91,12 @@ async fn every_command_and_every_tick_runs_once_whatever_is_killed() {
         *found.entry(invoice).or_default() += 1;
     }
     let status = ticks.status().await.unwrap().unwrap();
-    assert_eq!(found.remove("ticks").unwrap_or(0) as u64, status.executed, "{status:?}");
+    assert_eq!(found.remove("ticks").unwrap_or(0) as u64, status.created, "{status:?}");
     let expected: BTreeMap<_, _> = (0..count).map(|invoice| (invoice.to_string(), 1)).collect();
     assert_eq!(found, expected);
     // Every second has its tick.
-    let ticks = (status.executed + status.skipped + status.missed).cast_signed();
-    assert!(status.executed > 1 && (ticks - passed).abs() <= 1, "{status:?}, {passed}");
+    let ticks = (status.created + status.skipped + status.missed).cast_signed();
+    assert!(status.created > 1 && (ticks - passed).abs() <= 1, "{status:?}, {passed}");
     for node in nodes {
         node.shutdown().await.unwrap();
     }
@@ -117,13 +117,13 @@ async fn an_acknowledged_command_survives_the_end_of_all_nodes() {
         let owner = owner_of(&nodes).await;
         let caller = &nodes[1 - owner];
         let scheduled = caller.execute::<Invoice>("1", reminder("due")).after(SECOND).await.unwrap();
+        let dropped = Instant::now();
         drop(nodes);
         sleep(2 * SECOND).await;
-        let started = Instant::now();
         let next = open().await;
-        let ended = async || next.scheduled(scheduled.id).status().await.unwrap().is_none();
+        let ended = async || next.scheduled_command(scheduled.id).status().await.unwrap().is_none();
         eventually_async("the command has run", ended).await;
-        assert!(started.elapsed() < LEASE + 2 * SECOND, "{:?}", started.elapsed());
+        assert!(dropped.elapsed() < LEASE + 3 * SECOND, "{:?}", dropped.elapsed());
         assert_eq!(reminders(&**next.store()).await, [("1".to_owned(), "due".to_owned())]);
         next.shutdown().await.unwrap();
     }
@@ -150,6 +150,10 @@ async fn a_burst_starts_in_time() {
     println!("lateness: median {}, p99 {}, most {}", late[500], late[990], late[999]);
     assert!(late[0] >= chrono::TimeDelta::zero(), "not before its time: {}", late[0]);
     // The aim is 1 s; tests share their processors.
-    assert!(late[990] < chrono::TimeDelta::seconds(10), "{}", late[990]);
+    assert!(
+        late[500] < chrono::TimeDelta::seconds(3) && late[990] < chrono::TimeDelta::seconds(6),
+        "{}",
+        late[990]
+    );
     runtime.shutdown().await.unwrap();
 }

@@ -490,8 +490,12 @@ impl ScheduleStore for FaultyStore {
         by_chance!(self, self.inner.start_due_commands(limit))
     }
 
-    fn end_commands(&self, ends: Vec<ScheduledEnd>) -> BoxFuture<'_, Result<(), StoreError>> {
-        by_chance!(self, self.inner.end_commands(ends))
+    fn end_commands(
+        &self,
+        ends: Vec<ScheduledEnd>,
+        lease: Option<Lease>,
+    ) -> BoxFuture<'_, Result<(), StoreError>> {
+        by_chance!(self, self.inner.end_commands(ends, lease))
     }
 
     fn cancel_command(&self, id: Uuid) -> BoxFuture<'_, Result<Option<ScheduledCommand>, StoreError>> {

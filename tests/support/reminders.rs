@@ -1,12 +1,15 @@
-//! An aggregate that counts how often it was reminded, and a handler that sends reminders.
+//! An aggregate that records its reminders, and a handler that tests can hold.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use serde::{Deserialize, Serialize};
 use storied::command::{HandleError, Handler, HandlerContext};
 use storied::{Aggregate, Context, Decided, Event, EventStore, Filter, NeverRejects, Position, ReadLog};
-use tokio::sync::Notify;
+use tokio::sync::watch;
+
+/// Number of panics of invoices in this process.
+pub static PANICS: AtomicU64 = AtomicU64::new(0);
 
 #[derive(Default)]
 pub struct Invoice {
@@ -37,7 +40,10 @@ impl Aggregate for Invoice {
     fn handle(&self, command: &InvoiceEvent, _: &Context<'_>) -> Decided<Self> {
         match command {
             InvoiceEvent::Reminded { .. } if self.paid => Err(IsPaid),
-            InvoiceEvent::Reminded { text } if text == "panic" => panic!("as commanded"),
+            InvoiceEvent::Reminded { text } if text == "panic" => {
+                PANICS.fetch_add(1, Ordering::AcqRel);
+                panic!("as commanded")
+            }
             event => Ok(event.clone().into()),
         }
     }
@@ -69,12 +75,25 @@ pub async fn reminders(store: &dyn EventStore) -> Vec<(String, String)> {
     }
 }
 
-/// A handler that waits for a permission while it is held.
+/// A handler that tests can hold.
 #[derive(Clone, Default)]
 pub struct Closing {
-    pub held: Arc<AtomicBool>,
-    pub release: Arc<Notify>,
-    pub calls: Arc<AtomicU64>,
+    held: watch::Sender<bool>,
+    calls: Arc<AtomicU64>,
+}
+
+impl Closing {
+    pub fn hold(&self) {
+        self.held.send_replace(true);
+    }
+
+    pub fn release(&self) {
+        self.held.send_replace(false);
+    }
+
+    pub fn calls(&self) -> u64 {
+        self.calls.load(Ordering::Acquire)
+    }
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -88,9 +107,7 @@ impl Handler for Closing {
 
     async fn handle(&self, _: &Close, _: &HandlerContext) -> Result<(), HandleError<NeverRejects>> {
         self.calls.fetch_add(1, Ordering::AcqRel);
-        if self.held.load(Ordering::Acquire) {
-            self.release.notified().await;
-        }
+        self.held.subscribe().wait_for(|held| !held).await.unwrap();
         Ok(())
     }
 }

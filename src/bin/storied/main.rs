@@ -1,9 +1,11 @@
-//! `storied`: inspects and operates an event store, its projections and processes, without their types.
+//! `storied`: inspects and operates an event store, its projections, processes and schedules, without
+//! their types.
 //!
 //! It uses the stored data and the ports of the library only; see `docs/cli.md`.
 
 #![warn(clippy::too_many_lines)]
 
+mod command;
 mod connect;
 mod database;
 mod decode;
@@ -21,7 +23,6 @@ mod projection;
 mod publisher;
 mod redact;
 mod schedule;
-mod scheduled;
 mod status;
 mod store;
 mod stream;
@@ -49,7 +50,7 @@ const EXIT_CODES: &str = "Exit codes:
 
 Pass passwords in DATABASE_URL, NATS_URL or files: other users of the machine can read a command line.";
 
-/// Inspects and operates an event store, its projections and its processes.
+/// Inspects and operates an event store, its projections, processes and schedules.
 #[derive(Debug, Parser)]
 #[command(name = "storied", version, after_help = EXIT_CODES)]
 struct Cli {
@@ -92,8 +93,8 @@ enum Command {
     #[command(subcommand)]
     Schedule(schedule::Command),
     /// Lists, cancels and retries scheduled commands
-    #[command(subcommand)]
-    Scheduled(scheduled::Command),
+    #[command(subcommand, name = "command")]
+    Scheduled(command::Command),
     /// Shows the status of the publisher
     #[command(subcommand)]
     Publisher(publisher::Command),
@@ -183,7 +184,7 @@ fn run(cli: Cli) -> Result<(), Failure> {
             Command::Process(command) => process::run(command, database, &mut out).await,
             Command::Timer(command) => timer::run(command, database, &mut out).await,
             Command::Schedule(command) => schedule::run(command, database, &mut out).await,
-            Command::Scheduled(command) => scheduled::run(command, database, &mut out).await,
+            Command::Scheduled(command) => command::run(command, database, &mut out).await,
             Command::Publisher(command) => publisher::run(command, database, &mut out).await,
             Command::Store(command) => store::run(command, database, &mut out).await,
             Command::Nats(command) => nats::run(command, database, &mut out).await,

@@ -41,13 +41,13 @@ pub(crate) struct List {
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct One {
-    /// Schedule
+    /// Name of the schedule
     name: String,
 }
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Backfill {
-    /// Schedule
+    /// Name of the schedule
     name: String,
 
     /// First time, as 2026-11-30T00:00:00Z
@@ -79,12 +79,18 @@ pub(crate) async fn run(command: Command, from: &DatabaseArgs, out: &mut Output)
             }
             out.line(format!("triggered {name}: command {id} is due now"))
         }
+        Command::Backfill(Backfill { from, to, .. }) if from > to => {
+            Err(Failure::Usage("--from is after --to".to_owned()))
+        }
         Command::Backfill(Backfill { name, from, to }) => {
             let ticks = handle(&name).backfill(from..=to).await?;
             if out.json {
                 return out.value(&json!({ "schedule": name, "ticks": ticks }));
             }
-            out.line(format!("{} of {name} due now", counted(ticks, "tick")))
+            out.line(format!(
+                "{} of {name} due now, except those that are stored already",
+                counted(ticks, "tick")
+            ))
         }
         Command::Remove(One { name }) => match handle(&name).remove().await? {
             true if out.json => out.value(&json!({ "schedule": name, "removed": true })),
@@ -161,11 +167,11 @@ async fn list(store: &Arc<dyn EventStore>, args: &List, out: &mut Output) -> Res
             status.target,
             next,
             status.last_at.map_or("never".to_owned(), due),
-            status.executed.to_string(),
+            status.created.to_string(),
             status.skipped.to_string(),
             status.missed.to_string(),
         ]
     };
     let rows: Vec<_> = schedules.into_iter().map(row).collect();
-    out.table(["SCHEDULE", "TIMING", "TARGET", "NEXT", "LAST", "RUN", "SKIPPED", "MISSED"], &rows)
+    out.table(["SCHEDULE", "TIMING", "TARGET", "NEXT", "LAST", "CREATED", "SKIPPED", "MISSED"], &rows)
 }

@@ -12,28 +12,32 @@ use tokio::time::{Instant, sleep_until};
 use uuid::Uuid;
 
 use super::super::definition::Definition;
-use super::super::execution::{ExecutionEnd, Executor};
+use super::super::executor::Executor;
+use super::super::recurrence::Overlap;
 use super::super::status::SchedulerState;
 use super::super::ticks::tick;
-use super::super::timing::Overlap;
 use super::shared::Shared;
 use crate::backoff::Backoff;
-use crate::command::ATTEMPT_ENDS;
+use crate::command::ATTEMPT_LIFETIME;
 use crate::lease::{CurrentTerm, HeldLease};
 use crate::panic::panic_text;
 use crate::rate_limit::LogLimit;
 use crate::store::{
-    EventStore, ScheduledCommand, ScheduledEnd, ScheduledOutcome, ScheduledQuery, ScheduledState, StoreError,
-    StoredSchedule,
+    EventStore, Lease, ScheduledCommand, ScheduledEnd, ScheduledOutcome, ScheduledQuery, ScheduledState,
+    StoreError, StoredSchedule,
 };
 use crate::supervised::Inbox;
 
 /// Longest interval between two reads of what is due: another node may have scheduled something.
 const POLL: Duration = Duration::from_millis(500);
 
-/// Interval between two searches for commands that are started and not in memory: a call of an earlier
-/// owner, or one without an answer, may have started them later.
+/// Interval between two searches for commands that are started and not in memory.
+///
+/// A call of an earlier lease holder, or one without an answer, may have started them later.
 const SEARCH: Duration = Duration::from_secs(15);
+
+/// Longest time for ticks before due commands are started.
+const TICKING: Duration = Duration::from_millis(200);
 
 /// Maximum number of commands that a call starts or reads, and of schedules.
 const PAGE: usize = 500;
@@ -46,9 +50,11 @@ const HELD_BYTES: usize = 64 << 20;
 /// The term of a scheduler.
 pub(super) struct SchedulerTerm<'a> {
     shared: &'a Shared,
+    /// Fences the ends.
+    lease: Lease,
     executor: Arc<Executor>,
     term: CurrentTerm,
-    running: JoinSet<(Uuid, ExecutionEnd)>,
+    running: JoinSet<(Uuid, Option<ScheduledOutcome>)>,
     /// Sizes of the started commands in memory, by id, until their ends are stored.
     held: HashMap<Uuid, usize>,
     held_bytes: usize,
@@ -58,26 +64,26 @@ pub(super) struct SchedulerTerm<'a> {
     search: Option<Search>,
     /// Time of the next search.
     search_at: Instant,
-    /// Time of the next look for due commands, and for due schedules.
+    /// Times of the next reads of due commands and of due schedules.
     commands_at: Instant,
     schedules_at: Instant,
     stop: watch::Sender<bool>,
-    undecodable: LogLimit,
-    parked: LogLimit,
+    broken: LogLimit,
 }
 
-/// The search for commands that an earlier owner, or a failed call, has started.
+/// The search for commands that an earlier lease holder, or a failed call, has started.
 #[derive(Default)]
 struct Search {
     after: Option<ScheduledCommand>,
 }
 
 impl<'a> SchedulerTerm<'a> {
-    pub(super) fn new(shared: &'a Shared, lease: &HeldLease) -> Self {
+    pub(super) fn new(shared: &'a Shared, held: &HeldLease) -> Self {
         let (now, term) = (Instant::now(), CurrentTerm::default());
-        term.set(lease.term());
+        term.set(held.term());
         Self {
             shared,
+            lease: held.lease().clone(),
             executor: Arc::new(Executor::new(shared.services.commands.clone(), term.clone())),
             term,
             running: JoinSet::new(),
@@ -89,20 +95,19 @@ impl<'a> SchedulerTerm<'a> {
             commands_at: now,
             schedules_at: now,
             stop: watch::Sender::new(false),
-            undecodable: LogLimit::each_minute(),
-            parked: LogLimit::each_minute(),
+            broken: LogLimit::each_minute(),
         }
     }
 
     /// Starts what is due, until the lease is lost or the node stops.
     ///
-    /// After a loss, the next owner sends the commands in flight again.
+    /// After a loss, the next lease holder sends the commands in flight again.
     pub(super) async fn run(mut self, lease: &mut HeldLease, inbox: &mut Inbox<()>) {
         let mut backoff = Backoff::new(Duration::from_millis(50), Duration::from_secs(5));
         loop {
             let step = tokio::select! {
                 step = self.step() => step,
-                // The next owner finds what a dropped call has started.
+                // The next lease holder finds the commands that a dropped call has started.
                 () = inbox.stopping() => return self.finish().await,
             };
             let failed = step.is_err();
@@ -145,7 +150,7 @@ impl<'a> SchedulerTerm<'a> {
         if self.term.held_since().is_none() {
             let later = Instant::now() + POLL;
             (self.commands_at, self.schedules_at, self.search_at) = (later, later, later);
-            self.forget_unsure_ends();
+            self.discard_uncertain_ends();
         }
         self.store_ends().await?;
         if self.term.held_since().is_none() {
@@ -163,31 +168,24 @@ impl<'a> SchedulerTerm<'a> {
     }
 
     /// Records the end of an execution.
-    fn ended(&mut self, ended: Result<(Uuid, ExecutionEnd), JoinError>) {
+    fn ended(&mut self, ended: Result<(Uuid, Option<ScheduledOutcome>), JoinError>) {
         let (id, outcome) = match ended {
-            Ok((id, ExecutionEnd::Executed)) => (id, ScheduledOutcome::Executed),
-            Ok((id, ExecutionEnd::Parked(reason))) => (id, ScheduledOutcome::Parked(reason)),
-            Ok((id, ExecutionEnd::Postponed(wait))) => (id, ScheduledOutcome::Postponed(wait)),
+            Ok((id, Some(outcome))) => (id, outcome),
             // The search finds it by its state, in this term or in the next one.
-            Ok((id, ExecutionEnd::Left)) => return self.forget(id),
+            Ok((id, None)) => return self.forget(id),
             // Executions catch panics, and only the end of the term aborts them.
-            Err(error) => return tracing::error!(%error, "the execution of a scheduled command has no end"),
+            Err(error) => return tracing::error!(%error, "losing the end of a scheduled command"),
         };
         self.shared.status.send_modify(|status| match &outcome {
             ScheduledOutcome::Executed => status.executed += 1,
-            ScheduledOutcome::Parked(reason) => {
-                status.parked += 1;
-                if let Some(count) = self.parked.add(1) {
-                    tracing::warn!(command = %id, reason, count, "parked a scheduled command");
-                }
-            }
-            ScheduledOutcome::Postponed(_) => {}
+            ScheduledOutcome::Parked(_) => status.parked += 1,
+            ScheduledOutcome::Postponed(_) => status.postponed += 1,
         });
         self.ends.push(ScheduledEnd { id, outcome });
     }
 
-    /// Keeps only the ends that are true whatever the next owner has done meanwhile.
-    fn forget_unsure_ends(&mut self) {
+    /// Keeps the ends that no later lease holder can contradict: commands that took effect.
+    fn discard_uncertain_ends(&mut self) {
         for end in std::mem::take(&mut self.ends) {
             match end.outcome {
                 ScheduledOutcome::Executed => self.ends.push(end),
@@ -199,7 +197,8 @@ impl<'a> SchedulerTerm<'a> {
     async fn store_ends(&mut self) -> Result<(), StoreError> {
         while !self.ends.is_empty() {
             let count = self.ends.len().min(PAGE);
-            self.shared.services.store.end_commands(self.ends[..count].to_vec()).await?;
+            let ends = self.ends[..count].to_vec();
+            self.shared.services.store.end_commands(ends, Some(self.lease.clone())).await?;
             for end in self.ends.drain(..count).collect::<Vec<_>>() {
                 self.forget(end.id);
             }
@@ -215,7 +214,7 @@ impl<'a> SchedulerTerm<'a> {
         self.held.len() + PAGE > HELD || self.held_bytes > HELD_BYTES
     }
 
-    /// Continues the commands that an earlier owner, or a failed call, has started.
+    /// Continues the commands that an earlier lease holder, or a failed call, has started.
     async fn search(&mut self) -> Result<(), StoreError> {
         if Instant::now() >= self.search_at {
             self.search_at = Instant::now() + SEARCH;
@@ -228,8 +227,8 @@ impl<'a> SchedulerTerm<'a> {
             let store = self.shared.services.store.clone();
             let page = store.scheduled_commands(&query, search.after.as_ref(), PAGE).await?;
             self.search = page.last().map(|last| Search { after: Some(last.clone()) });
-            // An earlier owner may have sent them just before.
-            let alone_at = Instant::now() + ATTEMPT_ENDS;
+            // An earlier lease holder may have sent them just before.
+            let alone_at = Instant::now() + ATTEMPT_LIFETIME;
             for command in page {
                 self.execute(command, alone_at);
             }
@@ -244,7 +243,7 @@ impl<'a> SchedulerTerm<'a> {
         }
         let store = self.shared.services.store.clone();
         let due = store.due_schedules(SCHEDULES).await?;
-        let mut ticked = false;
+        let (began, mut ticked) = (Instant::now(), false);
         for schedule in &due.schedules {
             let tick = match tick_schedule(&*store, schedule, due.now).await {
                 Err(error) if error.is_transient() => return Err(error),
@@ -256,10 +255,17 @@ impl<'a> SchedulerTerm<'a> {
                     ticked = true;
                     self.shared.status.send_modify(|status| status.ticks += ticks);
                 }
-                Err(reason) if self.undecodable.add(1).is_some() => {
-                    tracing::error!(schedule = schedule.name, reason, "a schedule has no ticks");
+                Err(reason) => {
+                    if self.broken.add(1).is_some() {
+                        tracing::error!(schedule = schedule.name, reason, "skipping the ticks of a schedule");
+                    }
+                    let error = format!("schedule {:?} has no ticks: {reason}", schedule.name);
+                    self.shared.status.send_modify(|status| status.last_error = Some(error));
                 }
-                Err(_) => {}
+            }
+            // The commands of the ticks so far start meanwhile.
+            if began.elapsed() > TICKING {
+                break;
             }
         }
         let now = Instant::now();
@@ -280,7 +286,8 @@ impl<'a> SchedulerTerm<'a> {
         if Instant::now() < self.commands_at {
             return Ok(());
         }
-        if self.is_full() {
+        // A target that is fast enough serves what waits in a moment.
+        if self.is_full() || self.executor.waiting() >= PAGE {
             self.commands_at = Instant::now() + POLL / 10;
             return Ok(());
         }
@@ -305,7 +312,7 @@ impl<'a> SchedulerTerm<'a> {
             let execution = AssertUnwindSafe(executor.execute(&command, alone_at, stop)).catch_unwind();
             let end = execution.await.unwrap_or_else(|panic| {
                 tracing::error!(command = %id, panic = panic_text(&*panic), "the execution of a command panicked");
-                ExecutionEnd::Left
+                None
             });
             (id, end)
         });
@@ -316,17 +323,22 @@ impl<'a> SchedulerTerm<'a> {
         self.stop.send_replace(true);
         while let Some(ended) = self.running.join_next().await {
             self.ended(ended);
+            while let Some(ended) = self.running.try_join_next() {
+                self.ended(ended);
+            }
             if self.term.held_since().is_some() {
                 // A failure is repeated with the next end.
                 let _ = self.store_ends().await;
             }
         }
         if self.term.held_since().is_none() {
-            self.forget_unsure_ends();
+            self.discard_uncertain_ends();
         }
         if let Err(error) = self.store_ends().await {
-            tracing::warn!(%error, "could not store the ends of scheduled commands; the next owner sends them again");
+            // The next lease holder sends the commands again.
+            tracing::warn!(%error, "storing the ends of scheduled commands failed");
         }
+        self.shared.status.send_modify(|status| status.started = 0);
     }
 }
 

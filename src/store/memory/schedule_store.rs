@@ -7,7 +7,7 @@ use super::super::scheduled::{
     DueCommands, DueSchedules, NewScheduledCommand, ScheduledCommand, ScheduledEnd, ScheduledQuery,
     StoredSchedule,
 };
-use super::super::{BoxFuture, StoreError};
+use super::super::{BoxFuture, Lease, StoreError};
 use super::MemoryStore;
 
 impl ScheduleStore for MemoryStore {
@@ -22,8 +22,18 @@ impl ScheduleStore for MemoryStore {
         Box::pin(async move { self.data().schedules.start_due_commands(limit) })
     }
 
-    fn end_commands(&self, ends: Vec<ScheduledEnd>) -> BoxFuture<'_, Result<(), StoreError>> {
-        Box::pin(async move { self.data().schedules.end_commands(ends) })
+    fn end_commands(
+        &self,
+        ends: Vec<ScheduledEnd>,
+        lease: Option<Lease>,
+    ) -> BoxFuture<'_, Result<(), StoreError>> {
+        Box::pin(async move {
+            let mut data = self.data();
+            let current =
+                |lease: &Lease| data.leases.get(&lease.name).is_some_and(|info| info.lease == *lease);
+            let is_stale = lease.is_some_and(|lease| !current(&lease));
+            data.schedules.end_commands(ends, is_stale)
+        })
     }
 
     fn cancel_command(&self, id: Uuid) -> BoxFuture<'_, Result<Option<ScheduledCommand>, StoreError>> {

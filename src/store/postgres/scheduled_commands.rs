@@ -7,7 +7,6 @@ use sqlx::query::Query;
 use sqlx::{Row, SqlStr, ValueRef};
 use uuid::Uuid;
 
-use super::super::StoreError;
 use super::super::columns::Columns;
 use super::super::schedule_arguments::{
     CANCELLING, CommandBatch, ENDING, LISTING_COMMANDS, READING_COMMAND, RETRYING, SCHEDULING, STARTING,
@@ -17,9 +16,10 @@ use super::super::scheduled::{
     DueCommands, NewScheduledCommand, ScheduledCommand, ScheduledEnd, ScheduledOutcome, ScheduledQuery,
     ScheduledState,
 };
-use super::super::timer::{TimerDue, cursor_time, storable};
+use super::super::timer::{DueTime, cursor_time, storable};
+use super::super::{Lease, StoreError};
 use super::connection::Session;
-use super::convert::micros;
+use super::convert::{micros, to_sql};
 use super::durability;
 use super::error::{failed, failed_write};
 use super::inner::PgInner;
@@ -32,8 +32,8 @@ pub(super) fn bind_commands<'q>(
     batch: &CommandBatch,
 ) -> Query<'q, Postgres, PgArguments> {
     let commands = || batch.commands.values();
-    let at = |due| if let TimerDue::At(time) = due { Some(storable(time)) } else { None };
-    let after = |due| if let TimerDue::After(wait) = due { Some(micros(wait)) } else { None };
+    let at = |due| if let DueTime::At(time) = due { Some(storable(time)) } else { None };
+    let after = |due| if let DueTime::After(wait) = due { Some(micros(wait)) } else { None };
     query
         .bind(commands().map(|it| it.id).collect::<Vec<_>>())
         .bind(commands().map(|it| it.target.as_str()).collect::<Vec<_>>())
@@ -120,7 +120,11 @@ fn to_limit(limit: usize) -> i64 {
     i64::try_from(limit).unwrap_or(i64::MAX)
 }
 
-pub(super) async fn end_commands(core: &Arc<PgInner>, ends: Vec<ScheduledEnd>) -> Result<(), StoreError> {
+pub(super) async fn end_commands(
+    core: &Arc<PgInner>,
+    ends: Vec<ScheduledEnd>,
+    lease: Option<Lease>,
+) -> Result<(), StoreError> {
     let ends = checked_ends(ends)?;
     if ends.is_empty() {
         return Ok(());
@@ -138,6 +142,9 @@ pub(super) async fn end_commands(core: &Arc<PgInner>, ends: Vec<ScheduledEnd>) -
         .bind(ends.keys().copied().collect::<Vec<_>>())
         .bind(ends.values().map(reason).collect::<Vec<_>>())
         .bind(ends.values().map(wait).collect::<Vec<_>>())
+        .bind(lease.as_ref().map(|lease| lease.name.as_str()))
+        .bind(lease.as_ref().map(|lease| lease.owner))
+        .bind(lease.as_ref().map(|lease| to_sql(lease.epoch)))
         .persistent(core.connections.persistent())
         .fetch_one(&mut *session)
         .await

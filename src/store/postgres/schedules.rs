@@ -18,7 +18,7 @@ use super::super::scheduled::{
     StoredSchedule,
 };
 use super::super::timer::check_text;
-use super::super::{BoxFuture, StoreError};
+use super::super::{BoxFuture, Lease, StoreError};
 use super::PostgresStore;
 use super::convert::to_sql;
 use super::error::{failed, failed_write};
@@ -144,8 +144,12 @@ impl ScheduleStore for PostgresStore {
         self.commit(STARTING, scheduled_commands::start_due_commands(&self.shared.core, limit))
     }
 
-    fn end_commands(&self, ends: Vec<ScheduledEnd>) -> BoxFuture<'_, Result<(), StoreError>> {
-        self.commit(ENDING, scheduled_commands::end_commands(&self.shared.core, ends))
+    fn end_commands(
+        &self,
+        ends: Vec<ScheduledEnd>,
+        lease: Option<Lease>,
+    ) -> BoxFuture<'_, Result<(), StoreError>> {
+        self.commit(ENDING, scheduled_commands::end_commands(&self.shared.core, ends, lease))
     }
 
     fn cancel_command(&self, id: Uuid) -> BoxFuture<'_, Result<Option<ScheduledCommand>, StoreError>> {

@@ -298,7 +298,7 @@ statements! {
         start_due_commands: "SELECT command_id AS id, command_target AS target, command_body AS body, command_due_at AS due_at,
                 command_schedule AS schedule, clock, next_due_at
             FROM storied.start_due_commands($1, $2)",
-        end_commands: "SELECT storied.end_commands($1, $2, $3)",
+        end_commands: "SELECT storied.end_commands($1, $2, $3, $4, $5, $6)",
         cancel_command: "SELECT id, target, body, due_at, schedule, state, reason FROM storied.cancel_command($1)",
         retry_command: "SELECT id, target, body, due_at, schedule, state, reason FROM storied.retry_command($1)",
         scheduled_command: "SELECT id, target, body, due_at, schedule, state, reason FROM storied.scheduled_commands

@@ -8,7 +8,7 @@ use sqlx::{Row, ValueRef};
 use super::super::StoreError;
 use super::super::columns::Columns;
 use super::super::timer::{
-    DueTimers, LISTING, NewTimer, READING_DUE, StoredTimer, TimerDue, TimerRef, WRITING, check_read, cursor,
+    DueTime, DueTimers, LISTING, NewTimer, READING_DUE, StoredTimer, TimerRef, WRITING, check_read, cursor,
     storable, timer_changes,
 };
 use super::convert::{micros, to_sql};
@@ -29,8 +29,8 @@ pub(super) async fn write_timers(
     }
     let put = || changes.values().map(|change| change.put);
     let due = || put().map(|put| put.map(|(_, due)| due));
-    let at = |due| if let TimerDue::At(time) = due { Some(storable(time)) } else { None };
-    let after = |due| if let TimerDue::After(wait) = due { Some(micros(wait)) } else { None };
+    let at = |due| if let DueTime::At(time) = due { Some(storable(time)) } else { None };
+    let after = |due| if let DueTime::After(wait) = due { Some(micros(wait)) } else { None };
     let mut session = core.connections.get(WRITING).await?;
     let changed: i64 = sqlx::query_scalar(core.sql.write_timers.clone())
         .bind(process)

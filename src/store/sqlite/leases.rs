@@ -25,6 +25,23 @@ fn micros(ttl: Duration) -> i64 {
     i64::try_from(ttl.as_micros()).unwrap_or(LONGEST).min(LONGEST)
 }
 
+/// Returns whether the stored lease has the owner and the epoch of `lease`.
+pub(super) async fn is_current(
+    connection: &mut SqliteConnection,
+    doing: &str,
+    lease: &Lease,
+) -> Result<bool, StoreError> {
+    sqlx::query_scalar(
+        "SELECT EXISTS (SELECT 1 FROM storied_leases WHERE name = ? AND owner = ? AND epoch = ?)",
+    )
+    .bind(&lease.name)
+    .bind(lease.owner)
+    .bind(to_sql(lease.epoch))
+    .fetch_one(connection)
+    .await
+    .map_err(|error| failed(doing, error))
+}
+
 pub(super) async fn acquire_lease(
     connection: &mut SqliteConnection,
     name: String,

@@ -7,7 +7,6 @@ use serde::Serialize;
 use sqlx::sqlite::{SqliteConnection, SqliteRow};
 use uuid::Uuid;
 
-use super::super::StoreError;
 use super::super::columns::Columns;
 use super::super::schedule_arguments::{
     CANCELLING, CommandBatch, ENDING, LISTING_COMMANDS, RETRYING, STARTING, sort_by_due,
@@ -15,9 +14,11 @@ use super::super::schedule_arguments::{
 use super::super::scheduled::{
     DueCommands, ScheduledCommand, ScheduledOutcome, ScheduledQuery, ScheduledState,
 };
-use super::super::timer::{TimerDue, cursor_time};
+use super::super::timer::{DueTime, cursor_time};
+use super::super::{Lease, StoreError};
 use super::convert::now;
 use super::error::failed;
+use super::leases;
 
 /// Parameters: a list of id, target, due time, schedule, and start and length of the body; all bodies.
 ///
@@ -196,15 +197,21 @@ fn to_limit(limit: usize) -> i64 {
 pub(super) async fn end_commands(
     connection: &mut SqliteConnection,
     ends: BTreeMap<Uuid, ScheduledOutcome>,
+    lease: Option<Lease>,
 ) -> Result<(), StoreError> {
+    let is_stale = match &lease {
+        Some(lease) => !leases::is_current(connection, ENDING, lease).await?,
+        None => false,
+    };
     let (mut deleted, mut parked, mut postponed) = (Vec::new(), Vec::new(), Vec::new());
     let now = Utc::now();
     for (id, outcome) in &ends {
         match outcome {
             ScheduledOutcome::Executed => deleted.push(hex(id)),
+            _ if is_stale => {}
             ScheduledOutcome::Parked(reason) => parked.push((hex(id), reason)),
             ScheduledOutcome::Postponed(wait) => {
-                postponed.push((hex(id), TimerDue::After(*wait).time(now).timestamp_micros()));
+                postponed.push((hex(id), DueTime::After(*wait).time(now).timestamp_micros()));
             }
         }
     }

@@ -16,7 +16,7 @@ use super::super::scheduled::{
     StoredSchedule,
 };
 use super::super::timer::check_text;
-use super::super::{BoxFuture, StoreError};
+use super::super::{BoxFuture, Lease, StoreError};
 use super::convert::to_sql;
 use super::error::failed;
 use super::{SqliteStore, scheduled_commands};
@@ -180,14 +180,18 @@ impl ScheduleStore for SqliteStore {
         })
     }
 
-    fn end_commands(&self, ends: Vec<ScheduledEnd>) -> BoxFuture<'_, Result<(), StoreError>> {
+    fn end_commands(
+        &self,
+        ends: Vec<ScheduledEnd>,
+        lease: Option<Lease>,
+    ) -> BoxFuture<'_, Result<(), StoreError>> {
         Box::pin(async move {
             let ends = checked_ends(ends)?;
             if ends.is_empty() {
                 return Ok(());
             }
             self.transaction(ENDING, move |connection| {
-                Box::pin(scheduled_commands::end_commands(connection, ends))
+                Box::pin(scheduled_commands::end_commands(connection, ends, lease))
             })
             .await
         })

@@ -8,17 +8,17 @@ use uuid::Uuid;
 
 use super::Database;
 use crate::store::{
-    DueCommands, EventStore, NewScheduledCommand, ScheduledCommand, ScheduledEnd, ScheduledOutcome,
-    ScheduledQuery, ScheduledState, StoreError, TimerDue,
+    DueCommands, DueTime, EventStore, NewScheduledCommand, ScheduledCommand, ScheduledEnd, ScheduledOutcome,
+    ScheduledQuery, ScheduledState, StoreError,
 };
 
-pub(super) const NOW: TimerDue = TimerDue::After(Duration::ZERO);
+pub(super) const NOW: DueTime = DueTime::After(Duration::ZERO);
 const HOUR: Duration = Duration::from_secs(60 * 60);
-pub(super) const LATER: TimerDue = TimerDue::After(HOUR);
+pub(super) const LATER: DueTime = DueTime::After(HOUR);
 const MOST: usize = ScheduledCommand::MAX_LIMIT;
 
 /// Returns a command with this number as its id.
-pub(super) fn command(number: u128, due: TimerDue) -> NewScheduledCommand {
+pub(super) fn command(number: u128, due: DueTime) -> NewScheduledCommand {
     let target = format!("order/{number}");
     let body = number.to_be_bytes().to_vec();
     NewScheduledCommand { id: Uuid::from_u128(number), target, body, due, schedule: None }
@@ -35,8 +35,8 @@ pub(super) fn seconds(seconds: i64) -> DateTime<Utc> {
     DateTime::from_timestamp(1_577_836_800 + seconds, 123_456_000).unwrap()
 }
 
-pub(super) fn at(time: i64) -> TimerDue {
-    TimerDue::At(seconds(time))
+pub(super) fn at(time: i64) -> DueTime {
+    DueTime::At(seconds(time))
 }
 
 pub(super) fn id(number: u128) -> Uuid {
@@ -82,7 +82,7 @@ pub async fn a_command_waits_starts_and_ends(database: Database) {
     assert_eq!(start(&*store, 10).await, DueCommands::default());
     assert!(all(&*store).await.is_empty() && store.scheduled_command(id(1)).await.unwrap().is_none());
     assert!(store.schedule_commands(Vec::new()).await.unwrap().is_empty());
-    store.end_commands(Vec::new()).await.unwrap();
+    store.end_commands(Vec::new(), None).await.unwrap();
     let tick = |number| NewScheduledCommand { schedule: Some("s".into()), ..command(number, LATER) };
     let new = vec![command(2, at(5)), command(1, at(6)), tick(3)];
     let answer = store.schedule_commands(new).await.unwrap();
@@ -98,8 +98,8 @@ pub async fn a_command_waits_starts_and_ends(database: Database) {
     assert!(started.next_in.is_some_and(|wait| wait > HOUR / 2 && wait <= HOUR), "{started:?}");
     assert_eq!(start(&*store, 10).await.commands, []);
     assert_eq!(all(&*store).await[..2], expected(ScheduledState::Started));
-    store.end_commands(vec![done(1), done(2)]).await.unwrap();
-    store.end_commands(vec![done(1), done(2)]).await.unwrap();
+    store.end_commands(vec![done(1), done(2)], None).await.unwrap();
+    store.end_commands(vec![done(1), done(2)], None).await.unwrap();
     assert_eq!(numbers(&all(&*other).await), [3]);
     assert!(other.scheduled_command(id(1)).await.unwrap().is_none());
     // An ended command leaves no trace.
@@ -124,7 +124,7 @@ pub async fn an_existing_command_stays_unchanged(database: Database) {
     assert_eq!(all(&*store).await, [waiting(1), waiting(2)]);
     assert_eq!(store.schedule_commands(vec![other(2), other(1)]).await.unwrap(), [waiting(2), waiting(1)]);
     start(&*store, 10).await;
-    store.end_commands(vec![parked(1, "no")]).await.unwrap();
+    store.end_commands(vec![parked(1, "no")], None).await.unwrap();
     let before = all(&*store).await;
     assert_eq!(before[0].state, ScheduledState::Parked);
     let answer = store.schedule_commands(vec![other(3), other(2), other(1)]).await.unwrap();
@@ -136,7 +136,7 @@ pub async fn an_existing_command_stays_unchanged(database: Database) {
 /// Checks the order of due commands, the limit, and the time until the next one.
 pub async fn due_commands_start_oldest_first(database: Database) {
     let store = database.open().await;
-    schedule(&*store, vec![command(90, LATER), command(91, TimerDue::After(2 * HOUR))]).await;
+    schedule(&*store, vec![command(90, LATER), command(91, DueTime::After(2 * HOUR))]).await;
     let none = start(&*store, 10).await;
     assert!(none.commands.is_empty());
     // Half of the time is slack for a slow machine.
@@ -162,7 +162,7 @@ pub async fn due_commands_start_oldest_first(database: Database) {
 /// Checks that a command is due after the time that `next_in` states, and not before.
 pub async fn a_command_becomes_due(database: Database) {
     let store = database.open().await;
-    schedule(&*store, vec![command(1, TimerDue::After(Duration::from_millis(300)))]).await;
+    schedule(&*store, vec![command(1, DueTime::After(Duration::from_millis(300)))]).await;
     let mut waits = 0;
     let found = loop {
         let found = start(&*store, 10).await;
@@ -187,7 +187,7 @@ pub async fn many_commands_start_and_end_at_once(database: Database) {
     assert_eq!(numbers(&started.commands), (1..=count).collect::<Vec<_>>());
     assert_eq!(started.next_in, None);
     let ends = (1..=count).map(|number| if number % 2 == 0 { done(number) } else { parked(number, "odd") });
-    store.end_commands(ends.collect()).await.unwrap();
+    store.end_commands(ends.collect(), None).await.unwrap();
     let left = all(&*store).await;
     assert_eq!(numbers(&left), (1..=count).step_by(2).collect::<Vec<_>>());
     assert!(left.iter().all(|it| it.state == ScheduledState::Parked && it.reason.as_deref() == Some("odd")));
@@ -231,7 +231,7 @@ pub async fn a_parked_command_is_retried(database: Database) {
     schedule(&*store, vec![command(1, at(1)), command(2, at(2)), command(3, LATER)]).await;
     start(&*store, 10).await;
     let long = format!("a\0{}", "ü".repeat(4_000));
-    store.end_commands(vec![parked(1, &long), parked(1, "later"), done(1)]).await.unwrap();
+    store.end_commands(vec![parked(1, &long), parked(1, "later"), done(1)], None).await.unwrap();
     let before = store.scheduled_command(id(1)).await.unwrap().unwrap();
     let reason = before.reason.clone().unwrap();
     assert_eq!((before.state, before.due_at), (ScheduledState::Parked, seconds(1)));
@@ -252,7 +252,7 @@ pub async fn a_parked_command_is_retried(database: Database) {
     assert!((waiting.due_at - asked).abs() < TimeDelta::minutes(1), "{} {asked}", waiting.due_at);
     assert_eq!(store.retry_command(id(1)).await.unwrap(), Some(waiting));
     assert_eq!(numbers(&start(&*store, 10).await.commands), [1]);
-    store.end_commands(vec![parked(1, "")]).await.unwrap();
+    store.end_commands(vec![parked(1, "")], None).await.unwrap();
     assert_eq!(store.scheduled_command(id(1)).await.unwrap().unwrap().reason.as_deref(), Some(""));
 }
 
@@ -261,7 +261,7 @@ pub async fn a_command_is_cancelled_unless_it_is_started(database: Database) {
     let store = database.open().await;
     schedule(&*store, vec![command(1, at(1)), command(2, at(2)), command(3, LATER)]).await;
     start(&*store, 10).await;
-    store.end_commands(vec![parked(1, "no")]).await.unwrap();
+    store.end_commands(vec![parked(1, "no")], None).await.unwrap();
     for (number, state, stays) in [
         (1, ScheduledState::Parked, false),
         (2, ScheduledState::Started, true),
@@ -276,7 +276,7 @@ pub async fn a_command_is_cancelled_unless_it_is_started(database: Database) {
         assert_eq!(store.cancel_command(id(number)).await.unwrap(), None);
     }
     assert_eq!(start(&*store, 10).await, DueCommands::default());
-    store.end_commands(vec![done(2)]).await.unwrap();
+    store.end_commands(vec![done(2)], None).await.unwrap();
     assert!(all(&*store).await.is_empty());
 }
 
@@ -287,7 +287,7 @@ pub async fn ends_of_other_commands_are_ignored(database: Database) {
     let new = vec![command(1, at(1)), command(2, at(2)), command(3, at(3)), command(4, LATER)];
     schedule(&*store, new).await;
     start(&*store, 3).await;
-    store.end_commands(vec![parked(1, "first")]).await.unwrap();
+    store.end_commands(vec![parked(1, "first")], None).await.unwrap();
     let ends = vec![
         done(4),
         parked(9, "unknown"),
@@ -296,14 +296,14 @@ pub async fn ends_of_other_commands_are_ignored(database: Database) {
         parked(3, "third"),
         parked(2, "late"),
     ];
-    store.end_commands(ends).await.unwrap();
-    store.end_commands(vec![parked(1, "again"), parked(4, "waiting"), done(9)]).await.unwrap();
+    store.end_commands(ends, None).await.unwrap();
+    store.end_commands(vec![parked(1, "again"), parked(4, "waiting"), done(9)], None).await.unwrap();
     let left = all(&*store).await;
     assert_eq!(numbers(&left), [1, 3, 4]);
     let reasons: Vec<_> = left.iter().map(|command| command.reason.as_deref()).collect();
     assert_eq!(reasons, [Some("first"), Some("third"), None]);
     assert_eq!(left[2].state, ScheduledState::Waiting);
-    store.end_commands(vec![done(1)]).await.unwrap();
+    store.end_commands(vec![done(1)], None).await.unwrap();
     assert_eq!(numbers(&all(&*store).await), [3, 4]);
 }
 
@@ -318,7 +318,7 @@ pub async fn commands_are_listed_in_pages(database: Database) {
     schedule(&*store, new.collect()).await;
     let started = numbers(&start(&*store, 16).await.commands);
     store
-        .end_commands(started.iter().step_by(2).map(|number| parked(*number, "no")).collect())
+        .end_commands(started.iter().step_by(2).map(|number| parked(*number, "no")).collect(), None)
         .await
         .unwrap();
     let everything = all(&*store).await;
@@ -362,16 +362,16 @@ pub async fn commands_are_listed_in_pages(database: Database) {
 /// Checks that due times beyond every limit are stored as the nearest possible time.
 pub async fn far_due_commands_are_kept(database: Database) {
     let store = database.open().await;
-    let time = |text: &str| TimerDue::At(text.parse().unwrap());
+    let time = |text: &str| DueTime::At(text.parse().unwrap());
     let far = [
-        TimerDue::At(DateTime::<Utc>::MIN_UTC),
+        DueTime::At(DateTime::<Utc>::MIN_UTC),
         time("0000-06-01T00:00:00Z"),
         time("1900-01-01T00:00:00Z"),
-        TimerDue::After(Duration::from_secs(400 * 24 * 60 * 60)),
-        TimerDue::After(Duration::MAX),
+        DueTime::After(Duration::from_secs(400 * 24 * 60 * 60)),
+        DueTime::After(Duration::MAX),
         time("9999-12-30T23:59:59.999999Z"),
         time("+10000-01-01T00:00:00Z"),
-        TimerDue::At(DateTime::<Utc>::MAX_UTC),
+        DueTime::At(DateTime::<Utc>::MAX_UTC),
     ];
     let new = (1..).zip(far).map(|(number, due)| command(number, due)).collect();
     let answer = store.schedule_commands(new).await.unwrap();
@@ -422,7 +422,7 @@ pub async fn invalid_commands_are_refused(database: Database) {
     let many = (1..=most as u128).map(|number| sized(number, ScheduledCommand::MAX_BODY));
     invalid(store.schedule_commands(many.chain([command(99, NOW)]).collect()).await);
     invalid(store.schedule_commands((0..=MOST as u128).map(|number| command(number, NOW)).collect()).await);
-    invalid(store.end_commands((0..=MOST as u128).map(done).collect()).await);
+    invalid(store.end_commands((0..=MOST as u128).map(done).collect(), None).await);
     for limit in [MOST + 1, usize::MAX] {
         invalid(store.start_due_commands(limit).await);
         invalid(store.scheduled_commands(&ScheduledQuery::default(), None, limit).await);

@@ -9,8 +9,8 @@ use super::scheduled_commands::{
     LATER, NOW, all, at, command, done, id, invalid, numbers, parked, schedule, seconds, states,
 };
 use crate::store::{
-    EventStore, NewScheduledCommand, ScheduledCommand, ScheduledQuery, ScheduledState, StoredSchedule,
-    TimerDue,
+    DueTime, EventStore, NewScheduledCommand, ScheduledCommand, ScheduledQuery, ScheduledState,
+    StoredSchedule,
 };
 
 /// Returns a revision of a schedule; its definition is its name and revision.
@@ -20,7 +20,7 @@ pub(super) fn revision(name: &str, revision: u64, next_at: Option<DateTime<Utc>>
 }
 
 /// Returns a tick of a schedule.
-pub(super) fn tick(number: u128, name: &str, due: TimerDue) -> NewScheduledCommand {
+pub(super) fn tick(number: u128, name: &str, due: DueTime) -> NewScheduledCommand {
     NewScheduledCommand { schedule: Some(name.into()), ..command(number, due) }
 }
 
@@ -114,7 +114,7 @@ pub async fn a_removal_spares_started_and_parked_commands(database: Database) {
     let later = [tick(5, "s", LATER), tick(6, "t", LATER), command(7, LATER), tick(8, "S", LATER)];
     schedule(&*store, due.chain(later).collect()).await;
     assert_eq!(numbers(&store.start_due_commands(3).await.unwrap().commands), [1, 2, 3]);
-    store.end_commands(vec![done(1), parked(2, "no")]).await.unwrap();
+    store.end_commands(vec![done(1), parked(2, "no")], None).await.unwrap();
     let before = all(&*store).await;
     assert!(!store.remove_schedule("s", 2).await.unwrap());
     assert_eq!(all(&*store).await, before);
@@ -128,7 +128,7 @@ pub async fn a_removal_spares_started_and_parked_commands(database: Database) {
     let next = store.start_due_commands(10).await.unwrap();
     assert!(next.commands.is_empty() && next.next_in.is_some_and(|wait| !wait.is_zero()), "{next:?}");
     // A command of a removed schedule ends like every other one.
-    store.end_commands(vec![done(3)]).await.unwrap();
+    store.end_commands(vec![done(3)], None).await.unwrap();
     assert!(store.cancel_command(id(2)).await.unwrap().is_some());
 }
 

@@ -5,6 +5,8 @@ use std::time::Duration;
 
 use futures_util::future::join_all;
 
+use uuid::Uuid;
+
 use super::Database;
 use super::fixture::Dice;
 use super::scheduled_commands::{
@@ -68,7 +70,7 @@ pub async fn cancelling_races_with_starting(database: Database) {
             ScheduledState::Started => {
                 started += 1;
                 assert_eq!(numbers(&found), [round]);
-                stores[0].end_commands(vec![done(round)]).await.unwrap();
+                stores[0].end_commands(vec![done(round)], None).await.unwrap();
             }
             ScheduledState::Parked => panic!("{before:?}"),
         }
@@ -152,7 +154,7 @@ pub async fn removal_races_with_starting(database: Database) {
         let left = all(&*stores[1]).await;
         assert!(left.iter().all(|it| it.state == ScheduledState::Started), "{left:?}");
         assert_eq!(numbers(&left), numbers(&started));
-        stores[1].end_commands(left.iter().map(|it| done(it.id.as_u128())).collect()).await.unwrap();
+        stores[1].end_commands(left.iter().map(|it| done(it.id.as_u128())).collect(), None).await.unwrap();
     }
 }
 
@@ -163,9 +165,9 @@ pub async fn a_command_is_postponed(database: Database) {
     start(&*store, 2).await;
     let wait = Duration::from_millis(300);
     let postponed = |number| ScheduledEnd { id: id(number), outcome: ScheduledOutcome::Postponed(wait) };
-    store.end_commands(vec![postponed(1), parked(2, "no")]).await.unwrap();
+    store.end_commands(vec![postponed(1), parked(2, "no")], None).await.unwrap();
     // Neither a waiting nor a parked command.
-    store.end_commands(vec![postponed(1), postponed(2), postponed(3), postponed(9)]).await.unwrap();
+    store.end_commands(vec![postponed(1), postponed(2), postponed(3), postponed(9)], None).await.unwrap();
     let left = all(&*store).await;
     let state = |number| left.iter().find(|command| command.id == id(number)).unwrap().state;
     assert_eq!(
@@ -175,4 +177,24 @@ pub async fn a_command_is_postponed(database: Database) {
     assert!(start(&*store, 10).await.commands.is_empty());
     tokio::time::sleep(wait).await;
     assert_eq!(numbers(&start(&*store, 10).await.commands), [1]);
+}
+
+/// Checks that a stale lease holder parks and postpones nothing.
+pub async fn ends_of_a_stale_holder_are_ignored(database: Database) {
+    let store = database.open().await;
+    let ttl = Duration::from_secs(60);
+    let acquire = async |owner| store.acquire_lease("scheduler", Uuid::from_u128(owner), ttl).await.unwrap();
+    let stale = acquire(1).await.unwrap();
+    store.release_lease(&stale).await.unwrap();
+    let current = acquire(2).await.unwrap();
+    schedule(&*store, (1..=3).map(|number| command(number, at(1))).collect()).await;
+    start(&*store, 3).await;
+    let postponed = |number| ScheduledEnd { id: id(number), outcome: ScheduledOutcome::Postponed(ttl) };
+    let ends = || vec![done(1), parked(2, "no"), postponed(3)];
+    store.end_commands(ends(), Some(stale)).await.unwrap();
+    let states: Vec<_> = all(&*store).await.into_iter().map(|it| (it.id, it.state)).collect();
+    assert_eq!(states, [2, 3].map(|number| (id(number), ScheduledState::Started)));
+    store.end_commands(ends(), Some(current)).await.unwrap();
+    let states: Vec<_> = all(&*store).await.into_iter().map(|it| (it.id, it.state)).collect();
+    assert_eq!(states, [(id(2), ScheduledState::Parked), (id(3), ScheduledState::Waiting)]);
 }

@@ -8,13 +8,13 @@ use futures_util::future::join_all;
 use super::Database;
 use super::fixture::Dice;
 use crate::event::Version;
-use crate::store::{DueTimers, EventStore, NewTimer, StoreError, StoredTimer, TimerDue, TimerRef};
+use crate::store::{DueTime, DueTimers, EventStore, NewTimer, StoreError, StoredTimer, TimerRef};
 
-const NOW: TimerDue = TimerDue::After(Duration::ZERO);
+const NOW: DueTime = DueTime::After(Duration::ZERO);
 const HOUR: Duration = Duration::from_secs(60 * 60);
-const LATER: TimerDue = TimerDue::After(HOUR);
+const LATER: DueTime = DueTime::After(HOUR);
 
-fn timer(instance: &str, name: &str, version: u64, due: TimerDue) -> NewTimer {
+fn timer(instance: &str, name: &str, version: u64, due: DueTime) -> NewTimer {
     NewTimer { instance: instance.into(), name: name.into(), version: Version::new(version), due }
 }
 
@@ -27,8 +27,8 @@ fn seconds(seconds: i64) -> DateTime<Utc> {
     DateTime::from_timestamp(1_577_836_800 + seconds, 123_456_000).unwrap()
 }
 
-fn at(time: i64) -> TimerDue {
-    TimerDue::At(seconds(time))
+fn at(time: i64) -> DueTime {
+    DueTime::At(seconds(time))
 }
 
 async fn put(store: &dyn EventStore, process: &str, timers: Vec<NewTimer>) {
@@ -157,12 +157,8 @@ pub async fn a_call_may_name_a_timer_twice(database: Database) {
 pub async fn due_timers_are_returned_oldest_first(database: Database) {
     let store = database.open().await;
     put(&*store, "q", vec![timer("i", "other", 1, at(0))]).await;
-    put(
-        &*store,
-        "p",
-        vec![timer("i", "pending", 1, LATER), timer("i", "last", 1, TimerDue::After(2 * HOUR))],
-    )
-    .await;
+    put(&*store, "p", vec![timer("i", "pending", 1, LATER), timer("i", "last", 1, DueTime::After(2 * HOUR))])
+        .await;
     let none = due(&*store, "p", 10).await;
     assert!(none.timers.is_empty());
     // Half of the time is slack for a slow machine.
@@ -186,7 +182,7 @@ pub async fn due_timers_are_returned_oldest_first(database: Database) {
 /// Checks that a timer is due after the time that `next_in` states, and not before.
 pub async fn a_timer_becomes_due(database: Database) {
     let store = database.open().await;
-    put(&*store, "p", vec![timer("i", "soon", 1, TimerDue::After(Duration::from_millis(300)))]).await;
+    put(&*store, "p", vec![timer("i", "soon", 1, DueTime::After(Duration::from_millis(300)))]).await;
     let mut waits = 0;
     let found = loop {
         let found = due(&*store, "p", 10).await;
@@ -250,21 +246,21 @@ pub async fn timers_are_listed_in_pages(database: Database) {
 /// Checks that due times beyond every limit are stored as the nearest possible time.
 pub async fn far_due_times_are_kept(database: Database) {
     let store = database.open().await;
-    let days = |days: u64| TimerDue::After(Duration::from_secs(days * 24 * 60 * 60));
-    let time = |text: &str| TimerDue::At(text.parse().unwrap());
+    let days = |days: u64| DueTime::After(Duration::from_secs(days * 24 * 60 * 60));
+    let time = |text: &str| DueTime::At(text.parse().unwrap());
     let before = Utc::now();
     let timers = [
-        ("min", TimerDue::At(DateTime::<Utc>::MIN_UTC)),
+        ("min", DueTime::At(DateTime::<Utc>::MIN_UTC)),
         ("year 0", time("0000-06-01T00:00:00Z")),
         ("1900", time("1900-01-01T00:00:00Z")),
         ("400 days", days(400)),
         ("300 years", days(300 * 365)),
-        ("max wait", TimerDue::After(Duration::MAX)),
+        ("max wait", DueTime::After(Duration::MAX)),
         ("9999", time("9999-12-30T23:59:59.999999Z")),
         ("last day", time("9999-12-31T12:00:00Z")),
         ("year 10000", time("+10000-01-01T00:00:00Z")),
         ("262000", time("+262000-12-31T23:59:59Z")),
-        ("max", TimerDue::At(DateTime::<Utc>::MAX_UTC)),
+        ("max", DueTime::At(DateTime::<Utc>::MAX_UTC)),
     ];
     put(&*store, "p", timers.iter().map(|(name, due)| timer("i", name, 1, *due)).collect()).await;
     let stored = all(&*store, "p").await;

@@ -12,9 +12,9 @@ use bytes::Bytes;
 use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection};
 use sqlx::{ConnectOptions, Connection, Executor};
 use storied::store::{
-    Append, AppendError, Appended, Checkpoint, CheckpointError, CheckpointKey, ControlChange, EventStore,
-    ExpectedVersion, NewScheduledCommand, ProgressWrite, ReadLog, ScheduleStore, ScheduledQuery,
-    StoredSchedule, StreamAppend, TimerDue,
+    Append, AppendError, Appended, Checkpoint, CheckpointError, CheckpointKey, ControlChange, DueTime,
+    EventStore, ExpectedVersion, NewScheduledCommand, ProgressWrite, ReadLog, ScheduleStore, ScheduledQuery,
+    StoredSchedule, StreamAppend,
 };
 use storied::testing::store::Database;
 use storied::{
@@ -862,7 +862,7 @@ async fn numbers_that_storied_never_writes_are_errors() {
         id: Uuid::now_v7(),
         target: "order/a".into(),
         body: Vec::new(),
-        due: TimerDue::After(Duration::ZERO),
+        due: DueTime::After(Duration::ZERO),
         schedule: None,
     };
     assert!(store.write_schedule(schedule, vec![command]).await.unwrap());

@@ -14,8 +14,8 @@ use sqlx::postgres::PgPoolOptions;
 use sqlx::{AssertSqlSafe, Connection, Executor};
 use storied::projection::{PostgresReadModel, ReadModel};
 use storied::store::{
-    Append, AppendError, CheckpointKey, CommandRecord, NewScheduledCommand, ParkedEvent, ProgressWrite,
-    ScheduleStore, ScheduledEnd, ScheduledOutcome, StoredSchedule, TimerDue,
+    Append, AppendError, CheckpointKey, CommandRecord, DueTime, NewScheduledCommand, ParkedEvent,
+    ProgressWrite, ScheduleStore, ScheduledEnd, ScheduledOutcome, StoredSchedule,
 };
 use storied::{
     Codec, EventName, EventStore, ExpectedVersion, NewEvent, Position, PostgresOptions, PostgresStore,
@@ -185,13 +185,13 @@ async fn unsafe_settings() {
         id,
         target: "order/a".into(),
         body: Vec::new(),
-        due: TimerDue::After(Duration::ZERO),
+        due: DueTime::After(Duration::ZERO),
         schedule: None,
     };
     for refused in [
         store.schedule_commands(vec![command]).await.map(drop),
         store.start_due_commands(1).await.map(drop),
-        store.end_commands(vec![ScheduledEnd { id, outcome: ScheduledOutcome::Executed }]).await,
+        store.end_commands(vec![ScheduledEnd { id, outcome: ScheduledOutcome::Executed }], None).await,
         store.cancel_command(id).await.map(drop),
         store.retry_command(id).await.map(drop),
         store.write_schedule(schedule, Vec::new()).await.map(drop),

@@ -12,9 +12,9 @@ use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 use sqlx::{AssertSqlSafe, Executor};
 use storied::event::Category;
 use storied::store::{
-    Checkpoint, CheckpointKey, CommandRecord, NewScheduledCommand, NewTimer, ParkedEvent, ProgressWrite,
-    ScheduleStore, ScheduledCommand, ScheduledEnd, ScheduledOutcome, ScheduledQuery, ScheduledState,
-    Snapshot, StoredSchedule, StreamAppend, TimerDue, TimerRef,
+    Checkpoint, CheckpointKey, CommandRecord, DueTime, NewScheduledCommand, NewTimer, ParkedEvent,
+    ProgressWrite, ScheduleStore, ScheduledCommand, ScheduledEnd, ScheduledOutcome, ScheduledQuery,
+    ScheduledState, Snapshot, StoredSchedule, StreamAppend, TimerRef,
 };
 use storied::{
     EventName, EventStore, ExpectedVersion, Filter, Position, PostgresOptions, PostgresStore, ReadLog,
@@ -215,7 +215,7 @@ async fn use_timers(store: &PostgresStore) {
         instance: format!("i{}", n / 3),
         name: format!("{}", n % 3),
         version: Version::new(1),
-        due: TimerDue::After(Duration::from_secs(n as u64 % 2 * 3_600)),
+        due: DueTime::After(Duration::from_secs(n as u64 % 2 * 3_600)),
     };
     let removed =
         |n: usize| TimerRef { instance: format!("i{n}"), name: "0".into(), version: Version::new(1) };
@@ -238,7 +238,7 @@ async fn use_schedules(store: &PostgresStore) {
         id: Uuid::from_u128(n),
         target: "order/a".into(),
         body: b"x".to_vec(),
-        due: TimerDue::After(Duration::from_secs(n as u64 % 2 * 3_600)),
+        due: DueTime::After(Duration::from_secs(n as u64 % 2 * 3_600)),
         schedule: n.is_multiple_of(3).then(|| "s".into()),
     };
     let schedule = |name: &str, revision| StoredSchedule {
@@ -264,7 +264,7 @@ async fn use_schedules(store: &PostgresStore) {
                 _ => ScheduledOutcome::Postponed(Duration::from_secs(5)),
             },
         };
-        store.end_commands(started.iter().enumerate().map(end).collect()).await.unwrap();
+        store.end_commands(started.iter().enumerate().map(end).collect(), None).await.unwrap();
         store.retry_command(started[0].id).await.unwrap().unwrap();
         store.cancel_command(started[0].id).await.unwrap().unwrap();
         store.scheduled_command(id).await.unwrap();

@@ -3,8 +3,8 @@
 use sqlx::{AssertSqlSafe, Executor, PgConnection, PgPool, Row};
 use storied::projection::ReadModel;
 use storied::store::{
-    AppendError, CheckpointKey, ControlChange, NewScheduledCommand, Request, ScheduleStore, ScheduledEnd,
-    ScheduledOutcome, ScheduledQuery, StoredSchedule, TimerDue, TimerRef,
+    AppendError, CheckpointKey, ControlChange, DueTime, NewScheduledCommand, Request, ScheduleStore,
+    ScheduledEnd, ScheduledOutcome, ScheduledQuery, StoredSchedule, TimerRef,
 };
 use storied::{
     EventStore, ExpectedVersion, Position, PostgresOptions, PostgresReadModel, PostgresStore, StoreError,
@@ -581,7 +581,7 @@ async fn readers_and_read_models_have_less() {
         id: uuid::Uuid::now_v7(),
         target: "order/a".into(),
         body: Vec::new(),
-        due: TimerDue::After(std::time::Duration::ZERO),
+        due: DueTime::After(std::time::Duration::ZERO),
         schedule: None,
     };
     let schedule = StoredSchedule { name: "s".into(), definition: Vec::new(), revision: 1, next_at: None };
@@ -591,7 +591,9 @@ async fn readers_and_read_models_have_less() {
         reader.write_timers("p", Vec::new(), vec![timer]).await,
         reader.schedule_commands(vec![command.clone()]).await.map(drop),
         reader.start_due_commands(1).await.map(drop),
-        reader.end_commands(vec![ScheduledEnd { id: command.id, outcome: ScheduledOutcome::Executed }]).await,
+        reader
+            .end_commands(vec![ScheduledEnd { id: command.id, outcome: ScheduledOutcome::Executed }], None)
+            .await,
         reader.cancel_command(command.id).await.map(drop),
         reader.retry_command(command.id).await.map(drop),
         reader.write_schedule(schedule, Vec::new()).await.map(drop),

@@ -14,8 +14,8 @@ use sqlx::postgres::PgPoolOptions;
 use sqlx::{AssertSqlSafe, Executor, PgConnection, PgPool};
 use storied::projection::{ApplyError, Projection, ProjectionState};
 use storied::store::{
-    AppendError, Checkpoint, CheckpointKey, CommandRecord, NewScheduledCommand, NewTimer, ProgressWrite,
-    ScheduleStore, ScheduledQuery, StoredSchedule, TimerDue,
+    AppendError, Checkpoint, CheckpointKey, CommandRecord, DueTime, NewScheduledCommand, NewTimer,
+    ProgressWrite, ScheduleStore, ScheduledQuery, StoredSchedule,
 };
 use storied::{
     Aggregate, AnyEvent, Context, Decided, Decision, Event, EventName, EventStore, ExecuteError, Filter,
@@ -332,14 +332,14 @@ async fn an_answer_that_rests_on_a_read_is_on_the_standby() {
             instance: "i".into(),
             name: "reminder".into(),
             version: Version::new(1),
-            due: TimerDue::After(Duration::ZERO),
+            due: DueTime::After(Duration::ZERO),
         };
         let put_timer = || store.write_timers(&name, vec![timer.clone()], Vec::new());
         let command = |id| NewScheduledCommand {
             id,
             target: "account/a".into(),
             body: Vec::new(),
-            due: TimerDue::After(Duration::from_secs(3_600)),
+            due: DueTime::After(Duration::from_secs(3_600)),
             schedule: None,
         };
         let schedule =

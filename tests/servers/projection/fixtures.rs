@@ -1052,8 +1052,12 @@ impl ScheduleStore for Link {
         through!(self, self.inner.start_due_commands(limit))
     }
 
-    fn end_commands(&self, ends: Vec<ScheduledEnd>) -> BoxFuture<'_, Result<(), StoreError>> {
-        through!(self, self.inner.end_commands(ends))
+    fn end_commands(
+        &self,
+        ends: Vec<ScheduledEnd>,
+        lease: Option<Lease>,
+    ) -> BoxFuture<'_, Result<(), StoreError>> {
+        through!(self, self.inner.end_commands(ends, lease))
     }
 
     fn cancel_command(&self, id: Uuid) -> BoxFuture<'_, Result<Option<ScheduledCommand>, StoreError>> {

@@ -12,10 +12,10 @@ use uuid::Uuid;
 use super::change::{ATTEMPTS, change, store_time};
 use super::definition::Definition;
 use super::error::ScheduleError;
-use super::ticks::{backfill, miss};
-use super::timing::Overlap;
+use super::recurrence::Overlap;
+use super::ticks::{backfill, count_missed};
 use crate::command_id;
-use crate::store::{EventStore, StoredSchedule, TimerDue};
+use crate::store::{DueTime, EventStore, StoredSchedule};
 
 /// A recurring schedule, on any node. Cheap to clone.
 ///
@@ -37,9 +37,9 @@ pub struct ScheduleStatus {
     pub timing: String,
     /// Target of the commands: `category/id`, or the name of a handler.
     pub target: String,
-    /// What happens if the command of an earlier tick has no answer yet.
+    /// Treatment of a tick while a command of the schedule has no answer.
     pub overlap: Overlap,
-    /// How late a tick may run.
+    /// How late a tick may create its command.
     #[serde(rename = "catch_up_seconds", serialize_with = "crate::serde_forms::seconds")]
     pub catch_up: Duration,
     /// Whether it is paused.
@@ -48,11 +48,12 @@ pub struct ScheduleStatus {
     pub next_at: Option<DateTime<Utc>>,
     /// Time of the last tick that has become a command.
     pub last_at: Option<DateTime<Utc>>,
-    /// Number of ticks that have become commands, triggers and backfills included.
-    pub executed: u64,
-    /// Number of ticks that came too late, or before a newer one after an outage.
+    /// Number of commands that ticks and triggers have created.
+    pub created: u64,
+    /// Number of ticks that created no command: too late, before a newer due tick, or due when the
+    /// schedule was paused or replaced.
     pub missed: u64,
-    /// Number of ticks that came before the end of an earlier one.
+    /// Number of ticks that came while a command of the schedule had no answer.
     pub skipped: u64,
 }
 
@@ -65,7 +66,7 @@ impl ScheduleStatus {
         let definition = Definition::decode(stored)?;
         let (timing, target, catch_up) =
             (definition.timing.text(), definition.command.target(), definition.catch_up());
-        let Definition { overlap, paused, last_at, executed, missed, skipped, .. } = definition;
+        let Definition { overlap, paused, last_at, created, missed, skipped, .. } = definition;
         let (name, next_at) = (stored.name.clone(), stored.next_at);
         Ok(Self {
             name,
@@ -76,7 +77,7 @@ impl ScheduleStatus {
             paused,
             next_at,
             last_at,
-            executed,
+            created,
             missed,
             skipped,
         })
@@ -105,8 +106,8 @@ impl ScheduleHandle {
 
     /// Pauses the schedule. It has no ticks until [`resume`](Self::resume).
     ///
-    /// Its commands that are stored already are executed. Ticks that are due and have not run count as
-    /// missed. A paused schedule stays as it is.
+    /// Its commands that are stored already are executed. Ticks that are due and have not run count
+    /// as missed. A paused schedule stays as it is.
     ///
     /// # Errors
     /// If the schedule does not exist or the store failed.
@@ -117,7 +118,7 @@ impl ScheduleHandle {
                 return Ok(false);
             }
             definition.paused = true;
-            miss(definition, now).map(|()| true)
+            count_missed(definition, now).map(|()| true)
         })
         .await
     }
@@ -151,13 +152,13 @@ impl ScheduleHandle {
     /// Executes the command once, now, also while the schedule is paused. Returns the command's id.
     ///
     /// # Errors
-    /// If the schedule does not exist or the store failed. If the outcome is unknown, the command may
-    /// be stored.
+    /// If the schedule does not exist or the store failed. If the outcome is unknown, the command
+    /// may be stored.
     pub async fn trigger(&self) -> Result<Uuid, ScheduleError> {
         let id = command_id::new();
         change(&*self.store, &self.name, |definition| {
-            definition.executed += 1;
-            let due = TimerDue::After(Duration::ZERO);
+            definition.created += 1;
+            let due = DueTime::After(Duration::ZERO);
             Ok(Some(vec![definition.command.to_store(id, due, Some(&self.name))?]))
         })
         .await?;
@@ -168,9 +169,10 @@ impl ScheduleHandle {
     ///
     /// A tick has the same command id as when it ran, so an aggregate takes no second effect, and
     /// neither does a handler within
-    /// [`command_retention`](crate::CommandBus::command_retention). If the command of the schedule was
-    /// replaced since, such a tick is parked: its id belongs to the older command. Ticks after the
-    /// store's clock are left out. Returns the number of ticks.
+    /// [`command_retention`](crate::CommandBus::command_retention). If the command of the schedule
+    /// was replaced since, such a tick is parked: its id belongs to the older command. Ticks after
+    /// the store's clock are left out, and a command that is stored already stays as it is. Returns
+    /// the number of ticks.
     ///
     /// # Errors
     /// If the schedule does not exist, the range has too many ticks, or the store failed. The call
@@ -201,7 +203,7 @@ impl ScheduleHandle {
                 return Ok(true);
             }
         }
-        Err(ScheduleError::Busy { name: self.name.clone() })
+        Err(ScheduleError::RetriesExhausted { name: self.name.clone() })
     }
 }
 

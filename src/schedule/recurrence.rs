@@ -1,4 +1,4 @@
-//! When a recurring schedule ticks.
+//! The times at which a schedule ticks.
 
 use std::str::FromStr;
 use std::time::Duration;
@@ -25,10 +25,10 @@ const LATEST_YEAR: i32 = 9_998;
 ///
 /// # Time zones
 /// A cron line is read in a time zone of the IANA database that this program contains. If clocks go
-/// forward over a fixed time, such as `30 2 * * *`, it ticks once, at the end of the gap. If the gap
-/// ends at midnight, a line for one day of the week may have no tick. If clocks go back over a fixed
-/// time, it ticks once, the first time. A line with several minutes or hours (`*`, lists, steps) ticks
-/// at every time that matches, and at none that does not exist.
+/// forward over a fixed time, such as `30 2 * * *`, it ticks once, at the end of the gap. If the
+/// gap ends at midnight, a line for one day of the week may have no tick. If clocks go back over a
+/// fixed time, it ticks once, the first time. A line with several minutes or hours (`*`, lists,
+/// steps) ticks at every time that matches, and at none that does not exist.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[must_use = "a schedule ticks after Execute::repeat"]
 pub struct Recurrence {
@@ -37,14 +37,17 @@ pub struct Recurrence {
     pub(super) catch_up: Duration,
 }
 
-/// What happens to a tick if the command of an earlier one has no answer yet.
+/// The treatment of a tick while a command of the schedule has no answer.
+///
+/// Commands of triggers and backfills count as well; parked ones do not.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum Overlap {
-    /// The tick is skipped, and counted. After an outage, only the newest tick runs.
+    /// The tick is skipped, and counted. After an outage, only the newest tick within `catch_up`
+    /// runs.
     Skip,
-    /// The commands run side by side. After an outage, every tick runs.
+    /// The commands run side by side. After an outage, every tick within `catch_up` runs.
     Allow,
 }
 
@@ -63,11 +66,12 @@ pub(super) enum Ticker {
 }
 
 impl Recurrence {
-    /// Ticks when a cron line matches in a time zone.
+    /// Returns a recurrence that ticks when a cron line matches in a time zone.
     ///
     /// The line has 5 fields (minute, hour, day of the month, month, day of the week), 6 with the
-    /// second as the first one, or 7 with the year as the last one. `*`, lists, ranges, steps, names of months and days, `L`, `W`, `#`
-    /// and nicknames such as `@daily` are valid. If both days are restricted, either may match.
+    /// second as the first one, or 7 with the year as the last one. `*`, lists, ranges, steps,
+    /// names of months and days, `L`, `W`, `#` and nicknames such as `@daily` are valid. If both
+    /// days are restricted, either may match.
     ///
     /// # Errors
     /// If the line is invalid or matches no time, or the time zone is unknown.
@@ -75,7 +79,9 @@ impl Recurrence {
         Self::of(Timing::Cron { line: line.into(), zone: zone.into() })
     }
 
-    /// Ticks at each multiple of an interval since 1970, in UTC. Range: 1 s to 366 days.
+    /// Returns a recurrence that ticks at each multiple of an interval since 1970, in UTC.
+    ///
+    /// Range: 1 s to 366 days.
     ///
     /// # Errors
     /// If the interval is out of its range.
@@ -93,7 +99,7 @@ impl Recurrence {
         Ok(Self { timing, overlap: Overlap::Skip, catch_up: Duration::from_secs(60 * 60) })
     }
 
-    /// Sets what happens if the command of an earlier tick has no answer yet.
+    /// Sets the treatment of a tick while a command of the schedule has no answer.
     ///
     /// Default: [`Overlap::Skip`].
     pub fn overlap(mut self, overlap: Overlap) -> Self {
@@ -101,16 +107,17 @@ impl Recurrence {
         self
     }
 
-    /// Sets how late a tick may run, after an outage of the store or of all nodes.
+    /// Sets how late a tick may create its command, after an outage of the store or of all nodes.
     ///
-    /// A tick that is later does not run, and counts as missed. Default: 1 h. At most 366 days.
+    /// A tick that is later counts as missed. A command that exists is executed, however late.
+    /// Default: 1 h. Range: 10 s to 366 days.
     pub fn catch_up(mut self, time: Duration) -> Self {
         self.catch_up = time;
         self
     }
 
     pub(super) fn validate(&self) -> Result<(), InvalidRecurrence> {
-        Ok(within("Recurrence::catch_up", self.catch_up, Duration::ZERO..=LONGEST)?)
+        Ok(within("Recurrence::catch_up", self.catch_up, Duration::from_secs(10)..=LONGEST)?)
     }
 }
 
@@ -224,16 +231,18 @@ mod tests {
     }
 
     #[test]
-    fn what_makes_no_schedule_is_refused() {
+    fn an_invalid_recurrence_is_refused() {
         let refused = |line, zone| Recurrence::cron(line, zone).unwrap_err().to_string();
         assert!(refused("61 * * * *", "UTC").starts_with("invalid cron line \"61 * * * *\": "));
         assert!(refused("* * *", "UTC").starts_with("invalid cron line"));
-        assert!(refused("0 0 30 2 *", "UTC").ends_with("it matches no time; check day and month"));
+        assert!(refused("0 0 30 2 *", "UTC").ends_with(": no time matches; check day and month"));
         assert!(refused("@daily", "Europe/Bern").starts_with("unknown time zone \"Europe/Bern\"; "));
         for wrong in [Duration::ZERO, Duration::from_millis(999), Duration::MAX] {
             assert!(Recurrence::every(wrong).is_err());
         }
         let hourly = Recurrence::cron("@hourly", "UTC").unwrap();
-        assert!(hourly.catch_up(Duration::MAX).validate().is_err());
+        for wrong in [Duration::ZERO, Duration::MAX] {
+            assert!(hourly.clone().catch_up(wrong).validate().is_err());
+        }
     }
 }

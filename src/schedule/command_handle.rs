@@ -11,10 +11,10 @@ use crate::store::{EventStore, ScheduledCommand, ScheduledState, StoreError};
 
 /// A scheduled command, on any node. Cheap to clone.
 ///
-/// [`Runtime::scheduled`](crate::Runtime::scheduled) creates it. It uses the store, and needs no node
-/// that executes the command. A change is durable when its call returns.
+/// [`Runtime::scheduled_command`](crate::Runtime::scheduled_command) creates it. It uses the store,
+/// and needs no node that executes the command. A change is durable when its call returns.
 #[derive(Clone)]
-pub struct ScheduledHandle {
+pub struct ScheduledCommandHandle {
     store: Arc<dyn EventStore>,
     id: Uuid,
 }
@@ -22,7 +22,7 @@ pub struct ScheduledHandle {
 /// Status of a scheduled command. Serializes as a map of its fields.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[non_exhaustive]
-pub struct ScheduledStatus {
+pub struct ScheduledCommandStatus {
     /// Id of the command.
     pub id: Uuid,
     /// Target: `category/id`, or the name of a handler.
@@ -50,14 +50,14 @@ pub enum Cancellation {
     Unknown,
 }
 
-impl From<ScheduledCommand> for ScheduledStatus {
+impl From<ScheduledCommand> for ScheduledCommandStatus {
     fn from(command: ScheduledCommand) -> Self {
         let ScheduledCommand { id, target, due_at, schedule, state, reason, .. } = command;
         Self { id, target, due_at, schedule, state, reason }
     }
 }
 
-impl ScheduledHandle {
+impl ScheduledCommandHandle {
     /// Returns the handle of a command in a store, for tools that have no runtime.
     pub fn new(store: Arc<dyn EventStore>, id: Uuid) -> Self {
         Self { store, id }
@@ -72,7 +72,7 @@ impl ScheduledHandle {
     ///
     /// # Errors
     /// The error of the store.
-    pub async fn status(&self) -> Result<Option<ScheduledStatus>, StoreError> {
+    pub async fn status(&self) -> Result<Option<ScheduledCommandStatus>, StoreError> {
         Ok(self.store.scheduled_command(self.id).await?.map(Into::into))
     }
 
@@ -99,8 +99,8 @@ impl ScheduledHandle {
     }
 }
 
-impl fmt::Debug for ScheduledHandle {
+impl fmt::Debug for ScheduledCommandHandle {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("ScheduledHandle").field("id", &self.id).finish_non_exhaustive()
+        f.debug_struct("ScheduledCommandHandle").field("id", &self.id).finish_non_exhaustive()
     }
 }

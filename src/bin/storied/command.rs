@@ -1,4 +1,4 @@
-//! `storied scheduled`.
+//! `storied command`.
 
 use std::sync::Arc;
 
@@ -6,7 +6,7 @@ use chrono::Utc;
 use clap::ValueEnum;
 use serde_json::json;
 use storied::EventStore;
-use storied::schedule::{Cancellation, ScheduledHandle, ScheduledStatus};
+use storied::schedule::{Cancellation, ScheduledCommandHandle, ScheduledCommandStatus};
 use storied::store::{ScheduledQuery, ScheduledState};
 use uuid::Uuid;
 
@@ -67,16 +67,16 @@ pub(crate) async fn run(command: Command, from: &DatabaseArgs, out: &mut Output)
     let store = from.store().await?;
     match command {
         Command::List(args) => list(&store, args, out).await,
-        Command::Cancel(One { id }) => match ScheduledHandle::new(store, id).cancel().await? {
+        Command::Cancel(One { id }) => match ScheduledCommandHandle::new(store, id).cancel().await? {
             Cancellation::Cancelled if out.json => out.value(&json!({ "command": id, "cancelled": true })),
             Cancellation::Cancelled => out.line(format!("cancelled command {id}")),
-            Cancellation::Started => {
-                Err(Failure::Problem(format!("command {id} has started; it can be cancelled no more")))
-            }
+            Cancellation::Started => Err(Failure::Problem(format!(
+                "cancelling command {id} failed: it has started; wait for its end"
+            ))),
             _ => Err(unknown(id)),
         },
         Command::Retry(One { id }) => {
-            let handle = ScheduledHandle::new(store, id);
+            let handle = ScheduledCommandHandle::new(store, id);
             if handle.retry().await? {
                 return match out.json {
                     true => out.value(&json!({ "command": id, "retried": true })),
@@ -85,7 +85,7 @@ pub(crate) async fn run(command: Command, from: &DatabaseArgs, out: &mut Output)
             }
             match handle.status().await? {
                 Some(status) => Err(Failure::Problem(format!(
-                    "command {id} is {}; only a parked command can retry",
+                    "retrying command {id} failed: it is {}; only a parked command can be retried",
                     status.state
                 ))),
                 None => Err(unknown(id)),
@@ -95,7 +95,9 @@ pub(crate) async fn run(command: Command, from: &DatabaseArgs, out: &mut Output)
 }
 
 fn unknown(id: Uuid) -> Failure {
-    Failure::Refused(format!("no scheduled command {id}; it was executed or cancelled, or never scheduled"))
+    Failure::Refused(format!(
+        "unknown scheduled command {id}: it was executed or cancelled, or never stored; list the commands with `storied command list`"
+    ))
 }
 
 async fn list(store: &Arc<dyn EventStore>, args: List, out: &mut Output) -> Result<(), Failure> {
@@ -110,7 +112,7 @@ async fn list(store: &Arc<dyn EventStore>, args: List, out: &mut Output) -> Resu
         commands.extend(page);
     }
     let more = !store.scheduled_commands(&query, commands.last(), 1).await?.is_empty();
-    let commands: Vec<_> = commands.into_iter().map(ScheduledStatus::from).collect();
+    let commands: Vec<_> = commands.into_iter().map(ScheduledCommandStatus::from).collect();
     if out.json {
         return out.value(&json!({ "commands": commands, "more": more }));
     }
@@ -118,7 +120,7 @@ async fn list(store: &Arc<dyn EventStore>, args: List, out: &mut Output) -> Resu
         return out.line("no scheduled commands");
     }
     let now = Utc::now();
-    let row = |command: ScheduledStatus| {
+    let row = |command: ScheduledCommandStatus| {
         [
             due(command.due_at),
             left(command.due_at - now),
