@@ -35,6 +35,8 @@ mod info;
 mod lease;
 mod log_page;
 mod memory;
+mod memory_clock;
+mod memory_leases;
 mod memory_progress;
 mod memory_schedules;
 mod memory_timers;

@@ -4,6 +4,8 @@
 //!   `given(events).when(command).then(events)`;
 //! - [`given_process`]: tests the reactions of a process without a runtime;
 //! - [`roundtrip`]: tests that your events can be stored and read, in both codecs;
+//! - [`MemoryStore::advance_clock`](crate::MemoryStore::advance_clock): makes timers, scheduled
+//!   commands and recurring schedules due;
 //! - [`store`]: the conformance suite of event stores.
 //!
 //! # Paused time

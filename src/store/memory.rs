@@ -6,11 +6,12 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use chrono::{DateTime, Utc};
 use tokio::sync::watch;
 use uuid::Uuid;
 
 use super::append::{SizeLimits, append_valid};
+use super::memory_clock::MemoryClock;
+use super::memory_leases::MemoryLeases;
 use super::memory_progress::MemoryProgress;
 use super::memory_schedules::MemorySchedules;
 use super::memory_timers::MemoryTimers;
@@ -44,6 +45,8 @@ struct Shared {
 
 #[derive(Debug, Default)]
 struct Data {
+    /// Shared with the timers and the schedules.
+    clock: MemoryClock,
     /// The log; the position of an event is its index + 1.
     events: Vec<RecordedEvent>,
     /// Indexes into the log; the version of an event is its index + 1.
@@ -51,7 +54,7 @@ struct Data {
     progress: MemoryProgress,
     controls: BTreeMap<String, ProjectionControl>,
     publisher: PublisherCheckpoint,
-    leases: BTreeMap<String, LeaseInfo>,
+    leases: MemoryLeases,
     snapshots: HashMap<StreamId, Snapshot>,
     commands: HashMap<Uuid, CommandRecord>,
     command_events: HashMap<(Uuid, StreamId), CommandEvents>,
@@ -76,10 +79,22 @@ impl MemoryStore {
         Self {
             shared: Arc::new(Shared {
                 info: StoreInfo::new("memory", Uuid::new_v4(), codec),
-                data: Mutex::default(),
+                data: Mutex::new(Data::new()),
                 appended: watch::Sender::new(Position::START),
             }),
         }
+    }
+
+    /// Moves the clock of the store ahead (feature `testing`).
+    ///
+    /// Timers of processes, scheduled commands and recurring schedules that are due then run within
+    /// a second, in the order of their due times. Later events have the later time of recording.
+    /// Leases, and [`Context::now`](crate::Context::now) of aggregates and processes, use the
+    /// machine's clock: they do not move. Ticks that are older than
+    /// [`Recurrence::catch_up`](crate::schedule::Recurrence::catch_up) count as missed.
+    #[cfg(feature = "testing")]
+    pub fn advance_clock(&self, by: Duration) {
+        self.data().clock.advance(by);
     }
 
     fn data(&self) -> MutexGuard<'_, Data> {
@@ -89,6 +104,12 @@ impl MemoryStore {
 }
 
 impl Data {
+    fn new() -> Self {
+        let clock = MemoryClock::default();
+        let (timers, schedules) = (MemoryTimers::new(clock.clone()), MemorySchedules::new(clock.clone()));
+        Self { clock, timers, schedules, ..Self::default() }
+    }
+
     fn head(&self) -> Position {
         Position::new(self.events.len() as u64)
     }
@@ -103,7 +124,7 @@ impl Data {
             })
             .collect();
         let appended = StreamVersions::new(versions, self.head()).assign(&append)?;
-        let recorded_at = Utc::now();
+        let recorded_at = self.clock.now();
         for part in append.streams {
             let stream = self.streams.entry(part.stream.clone()).or_default();
             for event in part.events {
@@ -155,46 +176,6 @@ impl Data {
             }
         }
         page
-    }
-
-    fn acquire_lease(&mut self, name: &str, owner: Uuid, ttl: Duration) -> Option<Lease> {
-        let now = Utc::now();
-        let epoch = match self.leases.get(name) {
-            None => 1,
-            Some(info) if info.lease.owner == owner => info.lease.epoch,
-            Some(info) if info.expires_at <= now => info.lease.epoch + 1,
-            Some(_) => return None,
-        };
-        let lease = Lease { name: name.to_owned(), owner, epoch };
-        let info = LeaseInfo { lease: lease.clone(), expires_at: later(now, ttl), ttl, live: true };
-        self.leases.insert(name.to_owned(), info);
-        Some(lease)
-    }
-
-    fn take_over_lease(&mut self, seen: &LeaseInfo, owner: Uuid, ttl: Duration) -> Option<Lease> {
-        let info = self.leases.get_mut(&seen.lease.name)?;
-        if info.lease.epoch != seen.lease.epoch || info.expires_at != seen.expires_at {
-            return None;
-        }
-        info.lease.epoch += u64::from(info.lease.owner != owner);
-        info.lease.owner = owner;
-        info.expires_at = later(Utc::now(), ttl);
-        info.ttl = ttl;
-        Some(info.lease.clone())
-    }
-
-    fn renew_lease(&mut self, lease: &Lease, ttl: Duration) -> bool {
-        let Some(info) = self.held(lease) else { return false };
-        info.expires_at = later(Utc::now(), ttl);
-        info.ttl = ttl;
-        true
-    }
-
-    /// Returns the stored lease, if `lease` is still current and was not released.
-    fn held(&mut self, lease: &Lease) -> Option<&mut LeaseInfo> {
-        self.leases
-            .get_mut(&lease.name)
-            .filter(|info| info.lease == *lease && info.expires_at > DateTime::UNIX_EPOCH)
     }
 
     fn save_snapshot(&mut self, stream: &StreamId, snapshot: Snapshot) {
@@ -337,7 +318,7 @@ impl EventStore for MemoryStore {
         owner: Uuid,
         ttl: Duration,
     ) -> BoxFuture<'a, Result<Option<Lease>, StoreError>> {
-        Box::pin(async move { Ok(self.data().acquire_lease(name, owner, ttl)) })
+        Box::pin(async move { Ok(self.data().leases.acquire(name, owner, ttl)) })
     }
 
     fn take_over_lease<'a>(
@@ -346,7 +327,7 @@ impl EventStore for MemoryStore {
         owner: Uuid,
         ttl: Duration,
     ) -> BoxFuture<'a, Result<Option<Lease>, StoreError>> {
-        Box::pin(async move { Ok(self.data().take_over_lease(seen, owner, ttl)) })
+        Box::pin(async move { Ok(self.data().leases.take_over(seen, owner, ttl)) })
     }
 
     fn renew_leases<'a>(
@@ -356,25 +337,19 @@ impl EventStore for MemoryStore {
     ) -> BoxFuture<'a, Result<Vec<bool>, StoreError>> {
         Box::pin(async move {
             let mut data = self.data();
-            Ok(leases.iter().map(|lease| data.renew_lease(lease, ttl)).collect())
+            Ok(leases.iter().map(|lease| data.leases.renew(lease, ttl)).collect())
         })
     }
 
     fn release_lease<'a>(&'a self, lease: &'a Lease) -> BoxFuture<'a, Result<(), StoreError>> {
         Box::pin(async move {
-            if let Some(info) = self.data().held(lease) {
-                info.expires_at = DateTime::UNIX_EPOCH;
-            }
+            self.data().leases.release(lease);
             Ok(())
         })
     }
 
     fn leases(&self) -> BoxFuture<'_, Result<Vec<LeaseInfo>, StoreError>> {
-        Box::pin(async move {
-            let now = Utc::now();
-            let info = |info: &LeaseInfo| LeaseInfo { live: info.expires_at > now, ..info.clone() };
-            Ok(self.data().leases.values().map(info).collect())
-        })
+        Box::pin(async move { Ok(self.data().leases.list()) })
     }
 
     fn snapshot<'a>(&'a self, stream: &'a StreamId) -> BoxFuture<'a, Result<Option<Snapshot>, StoreError>> {
@@ -406,15 +381,16 @@ impl EventStore for MemoryStore {
 
     fn record_command(&self, mut record: CommandRecord) -> BoxFuture<'_, Result<CommandRecord, StoreError>> {
         Box::pin(async move {
-            record.recorded_at = Utc::now();
-            Ok(self.data().commands.entry(record.id).or_insert(record).clone())
+            let mut data = self.data();
+            record.recorded_at = data.clock.now();
+            Ok(data.commands.entry(record.id).or_insert(record).clone())
         })
     }
 
     fn forget_commands(&self, age: Duration, limit: usize) -> BoxFuture<'_, Result<usize, StoreError>> {
         Box::pin(async move {
             let mut data = self.data();
-            let now = Utc::now();
+            let now = data.clock.now();
             let old = data.commands.values().filter(|record| later(record.recorded_at, age) <= now);
             let old: Vec<_> = old.map(|record| record.id).take(limit).collect();
             old.iter().for_each(|id| _ = data.commands.remove(id));

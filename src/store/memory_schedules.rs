@@ -7,6 +7,7 @@ use chrono::{DateTime, Utc};
 use uuid::Uuid;
 
 use super::error::StoreError;
+use super::memory_clock::MemoryClock;
 use super::schedule_arguments::{
     CommandBatch, LISTING_SCHEDULES, READING_DUE_SCHEDULES, READING_SCHEDULE, REMOVING_SCHEDULE, SCHEDULING,
     STARTING, WRITING_SCHEDULE, check_commands, check_query, check_schedules, checked_ends, checked_schedule,
@@ -21,6 +22,7 @@ use super::timer::{DueTime, check_text, storable};
 /// The scheduled commands and schedules of a store in memory, with the checks of the databases.
 #[derive(Debug, Default)]
 pub(super) struct MemorySchedules {
+    clock: MemoryClock,
     commands: BTreeMap<Uuid, ScheduledCommand>,
     /// Waiting commands by due time and id.
     waiting: BTreeSet<(DateTime<Utc>, Uuid)>,
@@ -28,6 +30,10 @@ pub(super) struct MemorySchedules {
 }
 
 impl MemorySchedules {
+    pub(super) fn new(clock: MemoryClock) -> Self {
+        Self { clock, ..Self::default() }
+    }
+
     pub(super) fn schedule_commands(
         &mut self,
         commands: Vec<NewScheduledCommand>,
@@ -38,7 +44,7 @@ impl MemorySchedules {
     }
 
     fn insert(&mut self, commands: BTreeMap<Uuid, NewScheduledCommand>) {
-        let now = Utc::now();
+        let now = self.clock.now();
         for (id, NewScheduledCommand { target, body, due, schedule, .. }) in commands {
             if let Entry::Vacant(entry) = self.commands.entry(id) {
                 let (due_at, state) = (due.time(now), ScheduledState::Waiting);
@@ -50,7 +56,7 @@ impl MemorySchedules {
 
     pub(super) fn start_due_commands(&mut self, limit: usize) -> Result<DueCommands, StoreError> {
         check_commands(STARTING, limit)?;
-        let now = Utc::now();
+        let now = self.clock.now();
         let due: Vec<_> = self.waiting.range(..=(now, Uuid::max())).take(limit).copied().collect();
         let size = |(_, id): &(_, Uuid)| self.commands.get(id).map_or(0, |command| command.body.len());
         let started = page_length(due.iter().map(size));
@@ -80,7 +86,7 @@ impl MemorySchedules {
                 }
                 (ScheduledState::Started, ScheduledOutcome::Postponed(wait)) => {
                     command.state = ScheduledState::Waiting;
-                    command.due_at = DueTime::After(wait).time(Utc::now());
+                    command.due_at = DueTime::After(wait).time(self.clock.now());
                     self.waiting.insert((command.due_at, id));
                 }
                 _ => {}
@@ -102,7 +108,7 @@ impl MemorySchedules {
         let command = self.commands.get_mut(&id)?;
         let before = command.clone();
         if command.state == ScheduledState::Parked {
-            command.due_at = storable(Utc::now());
+            command.due_at = storable(self.clock.now());
             command.state = ScheduledState::Waiting;
             command.reason = None;
             self.waiting.insert((command.due_at, id));
@@ -184,6 +190,6 @@ impl MemorySchedules {
         let mut schedules: Vec<_> =
             self.schedules.values().filter(|schedule| schedule.next_at.is_some()).cloned().collect();
         schedules.sort_unstable_by(|a, b| (a.next_at, &a.name).cmp(&(b.next_at, &b.name)));
-        Ok(DueSchedules::divide(schedules, Utc::now(), limit))
+        Ok(DueSchedules::divide(schedules, self.clock.now(), limit))
     }
 }

@@ -2,9 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use chrono::Utc;
-
 use super::error::StoreError;
+use super::memory_clock::MemoryClock;
 use super::timer::{
     DueTimers, LISTING, NewTimer, READING_DUE, StoredTimer, TimerRef, check_read, is_repeatable, replaces,
     timer_changes,
@@ -13,18 +12,23 @@ use super::timer::{
 /// The timers of a store in memory, with the checks of the databases.
 #[derive(Debug, Default)]
 pub(super) struct MemoryTimers {
+    clock: MemoryClock,
     /// Timers by process, instance and name.
     timers: BTreeMap<(String, String, String), StoredTimer>,
 }
 
 impl MemoryTimers {
+    pub(super) fn new(clock: MemoryClock) -> Self {
+        Self { clock, ..Self::default() }
+    }
+
     pub(super) fn write(
         &mut self,
         process: &str,
         put: Vec<NewTimer>,
         remove: Vec<TimerRef>,
     ) -> Result<(), StoreError> {
-        let now = Utc::now();
+        let now = self.clock.now();
         for ((instance, name), change) in timer_changes(process, put, remove)? {
             let key = (process.to_owned(), instance.clone(), name.clone());
             let stored = self.timers.get(&key).map(|timer| timer.version);
@@ -45,7 +49,7 @@ impl MemoryTimers {
 
     pub(super) fn due(&self, process: &str, limit: usize) -> Result<DueTimers, StoreError> {
         check_read(READING_DUE, Some(process), limit)?;
-        Ok(DueTimers::divide(self.sorted(Some(process), |_| true), Utc::now(), limit))
+        Ok(DueTimers::divide(self.sorted(Some(process), |_| true), self.clock.now(), limit))
     }
 
     pub(super) fn list(

@@ -125,6 +125,31 @@ async fn a_timer_fires_once_or_is_cancelled() {
     runtime.shutdown().await.unwrap();
 }
 
+/// Timers follow the clock of the store, which a test moves.
+#[tokio::test]
+async fn a_moved_clock_makes_timers_due() {
+    let store = MemoryStore::new();
+    let builder = Runtime::builder().store(store.clone()).aggregate::<Order>().aggregate::<Stock>();
+    let runtime = builder.process::<Fulfilment>().start().await.unwrap();
+    for id in ["later", "second"] {
+        place(&runtime, id, &[]).await;
+    }
+    note(&runtime, "later", "later").await;
+    let started = async || status(&runtime, "later").await.filter(|status| status.timers.len() == 1);
+    eventually_some("the timer has started", started).await;
+    store.advance_clock(Duration::from_secs(3_590));
+    note(&runtime, "second", "second").await;
+    // Its second begins at the moved time.
+    until(&runtime, "second", InstanceState::Completed).await;
+    assert_eq!(status(&runtime, "later").await.unwrap().state, InstanceState::Running);
+    store.advance_clock(Duration::from_secs(10));
+    until(&runtime, "later", InstanceState::Completed).await;
+    let log = log(&runtime).await;
+    let took = log[log.len() - 1].recorded_at - log[0].recorded_at;
+    assert!(took >= chrono::TimeDelta::hours(1), "{took}");
+    runtime.shutdown().await.unwrap();
+}
+
 #[tokio::test]
 async fn a_panic_parks_this_instance_alone() {
     let runtime = start().await;

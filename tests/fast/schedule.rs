@@ -54,6 +54,31 @@ async fn a_command_runs_when_it_is_due() {
     runtime.shutdown().await.unwrap();
 }
 
+/// Commands and schedules follow the clock of the store, which a test moves.
+#[tokio::test]
+async fn a_moved_clock_makes_commands_and_ticks_due() {
+    const DAY: Duration = Duration::from_secs(86_400);
+    let store = MemoryStore::new();
+    let runtime = Runtime::builder().store(store.clone()).aggregate::<Invoice>().start().await.unwrap();
+    let far = runtime.execute::<Invoice>("1", reminder("far")).after(400 * DAY).await.unwrap();
+    let near = runtime.execute::<Invoice>("1", reminder("near")).after(DAY).await.unwrap();
+    let nightly = Recurrence::cron("0 3 * * *", "Europe/Berlin").unwrap().catch_up(DAY);
+    runtime.execute::<Invoice>("2", reminder("night")).repeat("nightly", nightly).await.unwrap();
+    store.advance_clock(DAY);
+    ended(&runtime, near.id).await;
+    let created = async || schedule(&runtime, "nightly").await.created == 1;
+    eventually_async("one night has passed", created).await;
+    assert_eq!(runtime.scheduled_command(far.id).status().await.unwrap().unwrap(), far);
+    store.advance_clock(399 * DAY);
+    ended(&runtime, far.id).await;
+    let last = async || schedule(&runtime, "nightly").await.created == 2;
+    eventually_async("the last night has passed", last).await;
+    let nightly = schedule(&runtime, "nightly").await;
+    assert!((398..=399).contains(&nightly.missed), "{nightly:?}");
+    assert_eq!(texts(&runtime).await.iter().filter(|text| *text != "night").count(), 2);
+    runtime.shutdown().await.unwrap();
+}
+
 /// Events of a scheduled command carry its id and metadata.
 #[tokio::test]
 async fn events_carry_the_metadata_of_the_scheduled_command() {

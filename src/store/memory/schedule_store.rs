@@ -29,9 +29,7 @@ impl ScheduleStore for MemoryStore {
     ) -> BoxFuture<'_, Result<(), StoreError>> {
         Box::pin(async move {
             let mut data = self.data();
-            let current =
-                |lease: &Lease| data.leases.get(&lease.name).is_some_and(|info| info.lease == *lease);
-            let is_stale = lease.is_some_and(|lease| !current(&lease));
+            let is_stale = lease.is_some_and(|lease| !data.leases.is_current(&lease));
             data.schedules.end_commands(ends, is_stale)
         })
     }
