@@ -272,7 +272,7 @@ impl<'a, P: Process> Driver<'a, P> {
 
     /// Stores timers and sends commands. Returns `false` if it gave up.
     async fn carry_out(&mut self, reaction: Reaction) -> bool {
-        let Reaction { consumed, effects, resent, cancels, mut put, mut remove, more } = reaction;
+        let Reaction { consumed, parked: _, effects, resent, cancels, mut put, mut remove, more } = reaction;
         if cancels {
             self.forget_commands();
             self.resend = false;
@@ -401,8 +401,7 @@ impl<'a, P: Process> Driver<'a, P> {
 
     /// Parks the instance because a command failed permanently.
     async fn park(&mut self, effect: Effect, reason: &str) {
-        let (process, instance, key) = (P::NAME, self.instance, effect.key.as_str());
-        tracing::error!(process, instance, effect = key, reason, "parking an instance: a command failed");
+        let key = effect.key.as_str();
         self.busy.remove(&target_of(&effect));
         self.known.remove(&effect.id);
         let reason = format!("the command {key:?} to {:?} failed: {reason}", effect.command.name);

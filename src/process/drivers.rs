@@ -102,6 +102,9 @@ impl<P: Process> Drivers<P> {
         match self.instances.execute(instance, command, metadata, expected, deadline).await {
             Ok(receipt) => {
                 self.counters.count(receipt.reply.consumed);
+                if let Some(reason) = &receipt.reply.parked {
+                    tracing::error!(process = P::NAME, instance, reason, "parked an instance");
+                }
                 match receipt.reply.consumed {
                     Consumed::Full => {
                         Err(WorkError::Permanent("the parked instance holds too many inputs".into()))

@@ -364,6 +364,7 @@ impl<P: Process> Instance<P> {
                     self.remove_timers(&mut reaction);
                 }
                 ProcessEvent::Compensating {} => self.remove_timers(&mut reaction),
+                ProcessEvent::Parked { reason, .. } => reaction.parked = Some(reason.clone()),
                 _ => {}
             }
         }

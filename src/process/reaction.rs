@@ -12,6 +12,8 @@ use crate::store::{NewTimer, TimerRef};
 #[derive(Debug, Default)]
 pub(crate) struct Reaction {
     pub(super) consumed: Consumed,
+    /// Why the instance was parked.
+    pub(super) parked: Option<String>,
     /// Commands to send, in order.
     pub(super) effects: Vec<Effect>,
     /// Number of the commands, from the first, that earlier reactions have caused.

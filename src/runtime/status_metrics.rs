@@ -19,6 +19,8 @@ pub(super) fn observe(telemetry: &Telemetry, inner: &Arc<Inner>) {
     observe_commands(&node);
     observe_log(&node);
     observe_projections(&node);
+    observe_processes(&node);
+    observe_scheduler(&node);
 }
 
 /// A node with the meter of its metrics.
@@ -154,6 +156,54 @@ fn observe_projections(node: &Observed<'_>) {
                 observer.observe(status.events_parked, &[name]);
             }
         },
+    );
+}
+
+fn observe_processes(node: &Observed<'_>) {
+    node.counter(
+        ("storied.process.inputs", "{input}", "Inputs of instances on this node, by outcome"),
+        |inner, observer| {
+            for status in inner.processes.iter().map(|process| process.status()) {
+                let name = KeyValue::new("storied.process", status.name);
+                let outcomes = [
+                    ("reacted", status.reacted),
+                    ("held", status.held),
+                    ("parked", status.parked),
+                    ("ignored", status.ignored),
+                ];
+                for (outcome, count) in outcomes {
+                    observer.observe(count, &[name.clone(), KeyValue::new("storied.outcome", outcome)]);
+                }
+            }
+        },
+    );
+    let active = "Instances with a reaction or a command in progress on this node";
+    node.level(("storied.process.active", "{instance}", active), |inner, observer| {
+        for status in inner.processes.iter().map(|process| process.status()) {
+            observer.observe(signed(status.active), &[KeyValue::new("storied.process", status.name)]);
+        }
+    });
+}
+
+fn observe_scheduler(node: &Observed<'_>) {
+    node.counter(
+        ("storied.scheduler.commands", "{command}", "Ends of scheduled commands on this node, by outcome"),
+        |inner, observer| {
+            let status = inner.scheduler_status();
+            let outcomes =
+                [("executed", status.executed), ("parked", status.parked), ("postponed", status.postponed)];
+            for (outcome, count) in outcomes {
+                observer.observe(count, &[KeyValue::new("storied.outcome", outcome)]);
+            }
+        },
+    );
+    let active = "Scheduled commands that were started and have no answer yet";
+    node.level(("storied.scheduler.active", "{command}", active), |inner, observer| {
+        observer.observe(signed(inner.scheduler_status().started), &[]);
+    });
+    node.counter(
+        ("storied.scheduler.ticks", "{tick}", "Ticks of recurring schedules that became commands"),
+        |inner, observer| observer.observe(inner.scheduler_status().ticks, &[]),
     );
 }
 

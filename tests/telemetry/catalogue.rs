@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use crate::meters::*;
-use crate::{connection, node, subscription};
+use crate::{connection, node, subscription, work};
 
 const DOCUMENT: &str = include_str!("../../docs/observability.md");
 
@@ -33,6 +33,7 @@ async fn every_metric_is_in_the_table_and_every_row_is_a_metric() {
     node::scenario(&meters).await;
     connection::scenario(&meters).await;
     subscription::scenario(&meters).await;
+    work::scenario(&meters).await;
     let (seen, documented) = (Shape::of(&meters.seen()), documented());
     let names = |shapes: &BTreeMap<String, Shape>| shapes.keys().cloned().collect::<Vec<_>>();
     assert_eq!(names(&seen), names(&documented), "left: what was seen, right: the table");

@@ -14,6 +14,7 @@ mod meters;
 mod node;
 mod subscription;
 mod traces;
+mod work;
 
 #[path = "../support/mod.rs"]
 mod support;
