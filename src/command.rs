@@ -51,7 +51,9 @@ pub use self::execute::Execute;
 pub use self::execute_and_wait::{Applied, ExecuteAndWait, ProjectionLag};
 pub use self::execute_command::{Command, ExecuteCommand};
 pub(crate) use self::handler::HandlerShared;
-pub use self::handler::{HandleError, Handled, Handler, HandlerContext, HandlerOptions, HandlerStatus};
+pub use self::handler::{
+    HandleError, Handled, Handler, HandlerContext, HandlerOptions, HandlerStatus, StepError,
+};
 pub use self::hooks::{CommandEnd, CommandInfo};
 pub(crate) use self::local_aggregates::LocalAggregates;
 #[cfg(feature = "nats")]

@@ -9,6 +9,7 @@ mod nested_commands;
 mod options;
 mod run;
 mod status;
+mod step;
 mod target;
 mod worker_slot;
 mod yield_slot;
@@ -23,6 +24,7 @@ pub use self::context::HandlerContext;
 pub(crate) use self::job::Shared as HandlerShared;
 pub use self::options::HandlerOptions;
 pub use self::status::HandlerStatus;
+pub use self::step::StepError;
 pub(super) use self::yield_slot::{YieldSlot, yield_slot_while};
 use super::ExecuteError;
 
@@ -39,6 +41,8 @@ use super::ExecuteError;
 ///   same ids in every attempt, and take effect once.
 /// - Its control flow must depend only on values that are the same in every attempt. The reply of a
 ///   command that caused events qualifies, because it is stored with them.
+/// - Calls to other systems belong into [recorded steps](HandlerContext::run). Their results are the
+///   same in every attempt.
 /// - A clock, randomness and a read model do not qualify. A rejection by an aggregate does not
 ///   qualify either: it leaves no trace, and the aggregate may accept the same command later. If a
 ///   rejection decides the flow, let the aggregate record it as an event and return it as a reply.

@@ -21,6 +21,7 @@ mod retail_domain;
 mod runtime;
 mod schedule;
 mod schedule_faults;
+mod steps;
 mod store;
 
 #[path = "../support/mod.rs"]

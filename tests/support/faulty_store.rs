@@ -444,7 +444,7 @@ impl EventStore for FaultyStore {
         &self,
         record: storied::store::CommandRecord,
     ) -> BoxFuture<'_, Result<storied::store::CommandRecord, StoreError>> {
-        self.inner.record_command(record)
+        by_chance!(self, self.inner.record_command(record))
     }
 
     fn forget_commands(&self, age: Duration, limit: usize) -> BoxFuture<'_, Result<usize, StoreError>> {

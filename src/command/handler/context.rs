@@ -21,7 +21,8 @@ pub struct HandlerContext {
     now: DateTime<Utc>,
     /// End of the attempt's time limit.
     deadline: Instant,
-    /// Number of commands sent to each target. It makes their ids the same in every attempt.
+    /// Number of commands sent to each target, and of steps of each name. It makes their ids the
+    /// same in every attempt.
     given: Mutex<HashMap<String, u64>>,
     pub(super) slot: Arc<dyn YieldSlot>,
 }
@@ -57,13 +58,21 @@ impl HandlerContext {
         self.slot.end()
     }
 
+    pub(super) fn deadline(&self) -> Instant {
+        self.deadline
+    }
+
+    /// Returns the name of the next command to a target, or step of a name.
+    pub(super) fn next_of(&self, what: String) -> String {
+        let mut given = self.given.lock().unwrap_or_else(PoisonError::into_inner);
+        let count = given.entry(what.clone()).or_default();
+        *count += 1;
+        format!("{count} {what}")
+    }
+
     /// Creates the envelope of the next nested command to a target.
     pub(super) fn envelope(&self, kind: Kind, name: &str, key: &str) -> Envelope {
-        let step = format!("{kind:?} {name} {key}");
-        let mut given = self.given.lock().unwrap_or_else(PoisonError::into_inner);
-        let count = given.entry(step.clone()).or_default();
-        *count += 1;
-        let id = command_id::derived(self.id, &format!("{count} {step}"));
+        let id = command_id::derived(self.id, &self.next_of(format!("{kind:?} {name} {key}")));
         let metadata = Metadata {
             correlation_id: Some(self.metadata.correlation_id.unwrap_or(self.id)),
             causation_id: Some(self.id),
