@@ -16,8 +16,8 @@ use crate::rate_limit::LogLimit;
 use crate::store::{ScheduledCommand, ScheduledOutcome};
 
 /// Maximum number of commands in flight, and of those to one category or handler.
-const IN_FLIGHT: usize = 1_024;
-const IN_FLIGHT_TO_TARGET: usize = 256;
+const IN_FLIGHT: usize = 2_048;
+const IN_FLIGHT_TO_TARGET: usize = 512;
 
 /// Number of attempts at a command that fails without having an effect.
 const ATTEMPTS: u32 = 3;

@@ -327,7 +327,7 @@ async fn a_command_without_a_target_is_postponed() {
     last.shutdown().await.unwrap();
 }
 
-/// A target has 256 permits, so one that hangs holds up no other.
+/// A target has 512 permits, so one that hangs holds up no other.
 #[tokio::test]
 async fn a_slow_target_delays_no_other() {
     let closing = Closing::default();
@@ -338,7 +338,7 @@ async fn a_slow_target_delays_no_other() {
     let close =
         (0..1_500).map(|_| async { runtime.execute_handler::<Closing>(Close).after(SECOND).await.unwrap() });
     futures_util::future::join_all(close).await;
-    eventually_async("the target has all of its permits", async || closing.calls() == 256).await;
+    eventually_async("the target has all of its permits", async || closing.calls() == 512).await;
     let began = Instant::now();
     for _ in 0..3 {
         let id = runtime.execute::<Invoice>("1", reminder("due")).after(Duration::ZERO).await.unwrap().id;
@@ -346,7 +346,7 @@ async fn a_slow_target_delays_no_other() {
     }
     // The first time, it takes 5 s to notice that the target is slow.
     assert!(began.elapsed() < 8 * SECOND, "{:?}", began.elapsed());
-    assert_eq!(closing.calls(), 256);
+    assert_eq!(closing.calls(), 512);
     closing.release();
     let all = async || closing.calls() == 1_500 && runtime.status().await.scheduler.executed == 1_503;
     eventually_async("all commands have run once", all).await;

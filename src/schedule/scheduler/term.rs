@@ -39,8 +39,11 @@ const SEARCH: Duration = Duration::from_secs(15);
 /// Longest time for ticks before due commands are started.
 const TICKING: Duration = Duration::from_millis(200);
 
+/// Time in which ends gather for one transaction.
+const GATHERING: Duration = Duration::from_millis(20);
+
 /// Maximum number of commands that a call starts or reads, and of schedules.
-const PAGE: usize = 500;
+const PAGE: usize = 1_000;
 const SCHEDULES: usize = 1_000;
 
 /// Maximum number of started commands in memory, and of the bytes of their bodies.
@@ -60,6 +63,8 @@ pub(super) struct SchedulerTerm<'a> {
     held_bytes: usize,
     /// Ends that are still to be stored.
     ends: Vec<ScheduledEnd>,
+    /// Until this time, ends wait for more of them.
+    ends_at: Instant,
     /// Where the search for started commands continues; `None` after its end.
     search: Option<Search>,
     /// Time of the next search.
@@ -90,6 +95,7 @@ impl<'a> SchedulerTerm<'a> {
             held: HashMap::new(),
             held_bytes: 0,
             ends: Vec::new(),
+            ends_at: now,
             search: None,
             search_at: now,
             commands_at: now,
@@ -115,7 +121,8 @@ impl<'a> SchedulerTerm<'a> {
                 Ok(()) => {
                     backoff.succeeded();
                     self.shared.set(SchedulerState::Running);
-                    self.commands_at.min(self.schedules_at).min(self.search_at)
+                    let next = self.commands_at.min(self.schedules_at).min(self.search_at);
+                    if self.ends.is_empty() { next } else { next.min(self.ends_at) }
                 }
                 Err(error) => {
                     let wait = backoff.next();
@@ -152,12 +159,11 @@ impl<'a> SchedulerTerm<'a> {
             (self.commands_at, self.schedules_at, self.search_at) = (later, later, later);
             self.discard_uncertain_ends();
         }
-        self.store_ends().await?;
+        self.end_and_start().await?;
         if self.term.held_since().is_none() {
             return Ok(());
         }
         self.search().await?;
-        self.start().await?;
         self.tick().await?;
         self.shared.status.send_if_modified(|status| {
             let changed = status.started != self.held.len();
@@ -194,16 +200,62 @@ impl<'a> SchedulerTerm<'a> {
         }
     }
 
-    async fn store_ends(&mut self) -> Result<(), StoreError> {
-        while !self.ends.is_empty() {
-            let count = self.ends.len().min(PAGE);
-            let ends = self.ends[..count].to_vec();
-            self.shared.services.store.end_commands(ends, Some(self.lease.clone())).await?;
-            for end in self.ends.drain(..count).collect::<Vec<_>>() {
-                self.forget(end.id);
+    /// Stores ends while due commands are started: neither waits for the commit of the other.
+    async fn end_and_start(&mut self) -> Result<(), StoreError> {
+        let store = self.shared.services.store.clone();
+        let starts = self.may_start();
+        let ends = if self.ends_are_due() { self.next_ends() } else { Vec::new() };
+        let (count, lease) = (ends.len(), Some(self.lease.clone()));
+        let ending = async {
+            match count {
+                0 => Ok(()),
+                _ => store.end_commands(ends, lease).await,
+            }
+        };
+        let starting = async {
+            match starts {
+                true => store.start_due_commands(PAGE).await.map(Some),
+                false => Ok(None),
+            }
+        };
+        let (ended, started) = tokio::join!(ending, starting);
+        if ended.is_ok() && count > 0 {
+            self.forget_ends(count);
+            self.ends_at = Instant::now() + GATHERING;
+        }
+        if let Some(page) = started? {
+            let now = Instant::now();
+            self.commands_at = now + page.next_in.unwrap_or(POLL).min(POLL);
+            for command in page.commands {
+                self.execute(command, now);
             }
         }
+        ended
+    }
+
+    async fn store_ends(&mut self) -> Result<(), StoreError> {
+        while !self.ends.is_empty() {
+            let ends = self.next_ends();
+            let count = ends.len();
+            self.shared.services.store.end_commands(ends, Some(self.lease.clone())).await?;
+            self.forget_ends(count);
+        }
         Ok(())
+    }
+
+    fn ends_are_due(&self) -> bool {
+        self.ends.len() >= PAGE || Instant::now() >= self.ends_at
+    }
+
+    fn next_ends(&self) -> Vec<ScheduledEnd> {
+        self.ends.iter().take(PAGE).cloned().collect()
+    }
+
+    /// Forgets the commands of the first ends, which are stored.
+    fn forget_ends(&mut self, count: usize) {
+        for end in self.ends.drain(..count).collect::<Vec<_>>() {
+            self.forget(end.id);
+        }
     }
 
     fn forget(&mut self, id: Uuid) {
@@ -281,23 +333,17 @@ impl<'a> SchedulerTerm<'a> {
         Ok(())
     }
 
-    /// Starts due commands.
-    async fn start(&mut self) -> Result<(), StoreError> {
-        if Instant::now() < self.commands_at {
-            return Ok(());
+    /// Returns whether due commands are to be started now.
+    fn may_start(&mut self) -> bool {
+        if self.term.held_since().is_none() || Instant::now() < self.commands_at {
+            return false;
         }
         // A target that is fast enough serves what waits in a moment.
         if self.is_full() || self.executor.waiting() >= PAGE {
             self.commands_at = Instant::now() + POLL / 10;
-            return Ok(());
+            return false;
         }
-        let page = self.shared.services.store.start_due_commands(PAGE).await?;
-        let now = Instant::now();
-        self.commands_at = now + page.next_in.unwrap_or(POLL).min(POLL);
-        for command in page.commands {
-            self.execute(command, now);
-        }
-        Ok(())
+        true
     }
 
     fn execute(&mut self, command: ScheduledCommand, alone_at: Instant) {
