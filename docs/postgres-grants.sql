@@ -3,13 +3,15 @@
 -- delete events, to draw or set positions, or to change storied's tables.
 
 -- A program: runs a Runtime with PostgresOptions::migrate(false). It appends events through
--- storied.append(), storied.append_known() and storied.append_one(), which run with the rights of
--- their owner and check their arguments.
+-- storied.append() and the functions that call it or do its work, which run with the rights of their
+-- owner and check their arguments.
 GRANT USAGE ON SCHEMA storied TO shop;
-GRANT SELECT ON storied.events, storied.streams, storied.names, storied.correlations, storied.positions, storied.meta TO shop;
+GRANT SELECT ON storied.events, storied.streams, storied.names, storied.correlations, storied.tags TO shop;
+GRANT SELECT ON storied.positions, storied.meta TO shop;
 GRANT SELECT ON storied.migrations, storied.read_model_migrations TO shop;
 GRANT EXECUTE ON FUNCTION storied.append, storied.append_known, storied.append_one TO shop;
-GRANT EXECUTE ON FUNCTION storied.number_names TO shop;
+GRANT EXECUTE ON FUNCTION storied.append_tagged, storied.append_known_tagged, storied.append_one_tagged TO shop;
+GRANT EXECUTE ON FUNCTION storied.append_unless, storied.matching, storied.number_names TO shop;
 GRANT EXECUTE ON FUNCTION storied.high_water_mark, storied.command_events, storied.stream_number, storied.server TO shop;
 GRANT SELECT, INSERT, UPDATE ON storied.leases, storied.snapshots, storied.controls, storied.publisher TO shop;
 GRANT SELECT, INSERT, UPDATE ON storied.projections, storied.checkpoints TO shop;
@@ -27,7 +29,7 @@ GRANT UPDATE (recorded_at) ON storied.commands TO shop;  -- to lock records that
 GRANT USAGE ON SCHEMA storied TO shop_reader;
 GRANT SELECT ON ALL TABLES IN SCHEMA storied TO shop_reader;
 GRANT SELECT ON storied.positions TO shop_reader;
-GRANT EXECUTE ON FUNCTION storied.high_water_mark, storied.stream_number, storied.server TO shop_reader;
+GRANT EXECUTE ON FUNCTION storied.high_water_mark, storied.matching, storied.stream_number, storied.server TO shop_reader;
 
 -- A read model in another database: the login of PostgresReadModel, after the tables of that schema
 -- exist. Grant the rights on the tables of the read model itself separately.

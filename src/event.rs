@@ -33,6 +33,7 @@ mod recorded;
 mod serialized;
 mod set;
 mod stream;
+mod tags;
 mod types;
 
 use serde::Serialize;
@@ -47,6 +48,7 @@ pub use self::recorded::{NewEvent, RecordedEvent};
 pub use self::set::{AnyEvent, EventDecoder, EventSet};
 pub use self::stream::StreamId;
 pub(crate) use self::stream::{id_problem, text_problem};
+pub use self::tags::{InvalidTag, Tag, Tags};
 pub(crate) use self::types::EventTypes;
 use crate::codec::Upcasters;
 
@@ -64,6 +66,14 @@ pub trait Event: Serialize + DeserializeOwned + Send + Sync + 'static {
     /// Returns the rules that convert events of older program versions. Default: none.
     fn upcasters() -> Upcasters {
         Upcasters::new()
+    }
+
+    /// Returns the tags by which decisions over several streams find the event. Default: none.
+    ///
+    /// The tags are stored beside the event when it is appended. Another version of this method
+    /// does not change the tags of stored events.
+    fn tags(&self) -> Tags {
+        Tags::new()
     }
 }
 #[cfg(test)]

@@ -21,6 +21,7 @@
 
 mod adoption;
 mod append;
+mod boundary;
 #[cfg(any(feature = "sqlite", feature = "postgres"))]
 mod columns;
 mod command_events;
@@ -39,11 +40,14 @@ mod memory_clock;
 mod memory_leases;
 mod memory_progress;
 mod memory_schedules;
+mod memory_tags;
 mod memory_timers;
 mod page_size;
 #[cfg(feature = "postgres")]
 pub(crate) mod postgres;
 mod progress;
+mod query;
+mod query_store;
 mod request;
 mod schedule_arguments;
 mod schedule_store;
@@ -58,6 +62,7 @@ mod version_check;
 
 pub use self::adoption::{Adopt, Adoption, Home};
 pub use self::append::{Append, AppendError, Appended, Conflict, ExpectedVersion, StreamAppend};
+pub use self::boundary::Boundary;
 pub use self::command_events::CommandEvents;
 pub use self::command_record::CommandRecord;
 pub use self::control::{ControlChange, ProjectionControl, PublisherCheckpoint};
@@ -78,6 +83,8 @@ pub use self::progress::{
     Checkpoint, CheckpointError, CheckpointKey, CheckpointRecord, ParkedEvent, ProgressWrite, StoredProgress,
     StoredProjection,
 };
+pub use self::query::{Query, QueryError, QueryItem};
+pub use self::query_store::QueryStore;
 pub use self::request::{Request, StoredRequest};
 pub use self::schedule_store::ScheduleStore;
 pub use self::scheduled::{

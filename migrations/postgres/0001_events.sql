@@ -64,6 +64,15 @@ CREATE TABLE storied.correlations (
 );
 ALTER TABLE storied.correlations SET (autovacuum_vacuum_insert_scale_factor = 0.05);
 
+-- The tags of events. Not a column of the log, so that events without tags take no space for them.
+CREATE TABLE storied.tags (
+    tag      text    NOT NULL COLLATE "C",
+    position bigint  NOT NULL,                                   -- position of the event
+    name     integer NOT NULL,                                   -- number of the event name
+    PRIMARY KEY (tag, position) INCLUDE (name)
+);
+ALTER TABLE storied.tags SET (autovacuum_vacuum_insert_scale_factor = 0.05);
+
 -- The log in clear, for people and tools.
 CREATE VIEW storied.log AS
     SELECT e.position, c.name AS category, s.stream_id, e.version, n.name, e.id, e.command_id, e.recorded_at, e.payload, e.metadata
@@ -624,6 +633,366 @@ BEGIN
 END $$;
 REVOKE EXECUTE ON FUNCTION storied.append_one FROM PUBLIC;
 
+-- I13, the tag locks: an append with tags takes a shared lock on each of them, before all other locks,
+-- and holds it until its end. A conditional append takes an exclusive lock on one tag of each item of
+-- its query. The locks are taken in the order of their keys, so appends cannot wait for each other in
+-- a circle. A key is two integers, which readers of the low-water lock do not see: theirs is a bigint.
+--
+-- Returns the key of a tag; two tags may have the same one. The seed keeps the stores of a database
+-- apart.
+CREATE FUNCTION storied.tag_key(tag text) RETURNS bigint
+LANGUAGE sql STABLE
+AS $$
+    SELECT pg_catalog.hashtextextended(tag COLLATE "C", 'storied.positions'::regclass::oid::bigint)
+$$;
+REVOKE EXECUTE ON FUNCTION storied.tag_key FROM PUBLIC;
+
+-- Takes the shared locks of an append. The limit protects the lock table of the server.
+CREATE FUNCTION storied.lock_tags(tags text[]) RETURNS void
+LANGUAGE plpgsql VOLATILE
+AS $$
+DECLARE
+    keys CONSTANT bigint[] := ARRAY(SELECT DISTINCT storied.tag_key(t.tag) FROM unnest(tags) AS t (tag) ORDER BY 1);
+BEGIN
+    IF cardinality(keys) > 64 THEN
+        RAISE EXCEPTION 'a transaction has more than 64 tags' USING ERRCODE = 'invalid_parameter_value';
+    END IF;
+    PERFORM pg_advisory_xact_lock_shared((k.hash >> 32)::integer, k.hash::bit(32)::integer) FROM unnest(keys) AS k (hash);
+END $$;
+REVOKE EXECUTE ON FUNCTION storied.lock_tags FROM PUBLIC;
+
+-- Stores tags. With event_id, only those of events that were appended.
+CREATE FUNCTION storied.add_tags(
+    tag_event  integer[],              -- for each tag: index of its event in the arrays below
+    tag_text   text[],
+    positions  bigint[],
+    event_name integer[],
+    event_id   uuid[]                  -- null: all events were appended
+) RETURNS void
+LANGUAGE plpgsql VOLATILE
+AS $$
+DECLARE
+    guard text;                        -- of tags_are_appended
+BEGIN
+    IF NOT coalesce(
+        cardinality(tag_event) = cardinality(tag_text) AND 1 <= ALL (tag_event) AND cardinality(event_name) >= ALL (tag_event), false) THEN
+        RAISE EXCEPTION 'tags and events do not fit together' USING ERRCODE = 'invalid_parameter_value';
+    END IF;
+    guard := set_config('storied_log.appending', 'on', true);
+    INSERT INTO storied.tags (tag, position, name)
+    SELECT t.tag, positions[t.event], event_name[t.event]
+    FROM unnest(tag_event, tag_text) AS t (event, tag)
+    WHERE event_id IS NULL OR event_id[t.event] = (
+        SELECT e.id FROM storied.events AS e
+        WHERE e.position >= positions[t.event] AND e.position <= positions[t.event] ORDER BY e.position LIMIT 1);
+    guard := set_config('storied_log.appending', 'off', true);
+END $$;
+REVOKE EXECUTE ON FUNCTION storied.add_tags FROM PUBLIC;
+
+-- Like storied.append(), for events with tags.
+CREATE FUNCTION storied.append_tagged(
+    known_server     bigint,           -- these as in storied.append
+    known_position   bigint,
+    part_stream      bigint[],
+    part_category    integer[],
+    part_stream_id   text[],
+    part_unit        integer[],
+    part_expected    bigint[],
+    part_events      integer[],
+    look_up          boolean,
+    used_names       integer[],
+    event_name       integer[],
+    event_id         uuid[],
+    event_command_id uuid[],
+    event_payload    bytea[],
+    event_metadata   bytea[],
+    settle           boolean,
+    event_correlation uuid[],
+    tag_event        integer[],        -- for each tag: number of its event, from 1
+    tag_text         text[],           -- each tag of an event once
+    OUT streams   bigint[],
+    OUT versions  bigint[],
+    OUT lost      boolean[],
+    OUT positions bigint[],
+    OUT transaction_id text,
+    OUT settled   bigint[]
+)
+LANGUAGE plpgsql VOLATILE SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp
+SET plan_cache_mode = force_generic_plan
+SET enable_seqscan = off
+SET enable_bitmapscan = off
+AS $$
+BEGIN
+    PERFORM storied.lock_tags(tag_text);
+    SELECT a.streams, a.versions, a.lost, a.positions, a.transaction_id, a.settled
+    INTO streams, versions, lost, positions, transaction_id, settled
+    FROM storied.append(
+        known_server, known_position, part_stream, part_category, part_stream_id, part_unit, part_expected, part_events, look_up,
+        used_names, event_name, event_id, event_command_id, event_payload, event_metadata, settle, event_correlation) AS a;
+    IF positions IS NOT NULL THEN
+        PERFORM storied.add_tags(
+            tag_event, tag_text, positions, event_name, CASE WHEN look_up OR lost IS NOT NULL THEN event_id END);
+    END IF;
+END $$;
+REVOKE EXECUTE ON FUNCTION storied.append_tagged FROM PUBLIC;
+
+-- Like storied.append_known(), for events with tags.
+CREATE FUNCTION storied.append_known_tagged(
+    known_server     bigint,           -- these as in storied.append_known
+    known_position   bigint,
+    used_names       integer[],
+    event_stream     bigint[],
+    event_expected   bigint[],
+    event_category   integer[],
+    event_name       integer[],
+    event_id         uuid[],
+    event_command_id uuid[],
+    event_payload    bytea[],
+    event_metadata   bytea[],
+    event_correlation uuid[],
+    tag_event        integer[],        -- these as in storied.append_tagged
+    tag_text         text[]
+) RETURNS bigint[]
+LANGUAGE plpgsql VOLATILE SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp
+SET plan_cache_mode = force_generic_plan
+SET enable_seqscan = off
+SET enable_bitmapscan = off
+AS $$
+DECLARE
+    positions bigint[];
+BEGIN
+    PERFORM storied.lock_tags(tag_text);
+    positions := storied.append_known(
+        known_server, known_position, used_names, event_stream, event_expected, event_category, event_name,
+        event_id, event_command_id, event_payload, event_metadata, event_correlation);
+    IF positions IS NOT NULL THEN
+        PERFORM storied.add_tags(tag_event, tag_text, positions, event_name, NULL);
+    END IF;
+    RETURN positions;
+END $$;
+REVOKE EXECUTE ON FUNCTION storied.append_known_tagged FROM PUBLIC;
+
+-- Like storied.append_one(), for an event with tags.
+CREATE FUNCTION storied.append_one_tagged(
+    known_server     bigint,           -- these as in storied.append_one
+    known_position   bigint,
+    event_stream     bigint,
+    event_stream_id  text,
+    event_expected   bigint,
+    event_category   integer,
+    event_name       integer,
+    event_id         uuid,
+    event_command_id uuid,
+    event_payload    bytea,
+    event_metadata   bytea,
+    settle           boolean,
+    event_correlation uuid,
+    tag_text         text[]            -- each tag once
+) RETURNS bigint[]
+LANGUAGE plpgsql VOLATILE SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp
+SET plan_cache_mode = force_generic_plan
+SET enable_seqscan = off
+SET enable_bitmapscan = off
+AS $$
+DECLARE
+    appended bigint[];
+    guard    text;                     -- as in storied.add_tags
+BEGIN
+    PERFORM storied.lock_tags(tag_text);
+    appended := storied.append_one(
+        known_server, known_position, event_stream, event_stream_id, event_expected, event_category, event_name,
+        event_id, event_command_id, event_payload, event_metadata, settle, event_correlation);
+    IF appended IS NOT NULL THEN
+        guard := set_config('storied_log.appending', 'on', true);
+        INSERT INTO storied.tags (tag, position, name)
+        SELECT t.tag, appended[2], event_name FROM unnest(tag_text) AS t (tag);
+        guard := set_config('storied_log.appending', 'off', true);
+    END IF;
+    RETURN appended;
+END $$;
+REVOKE EXECUTE ON FUNCTION storied.append_one_tagged FROM PUBLIC;
+
+-- Returns the positions of events that match a query: at most so many of each item after a position, in
+-- the order of the log. An event that matches several items is returned for each of them.
+--
+-- Every look-up has one possible index, whatever the statistics say. The other tags are compared in a
+-- subquery for one value: EXISTS may become a join, which reads the whole index.
+CREATE FUNCTION storied.matching(
+    item_tag       text[],             -- for each item: the tag by which its events are found
+    more_item      integer[],          -- for each further tag of an item: number of the item, from 1 …
+    more_tag       text[],             -- … and the tag
+    name_item      integer[],          -- for each name of an item: number of the item, from 1 …
+    name_text      text[],             -- … and the name; an item without names matches all names
+    after_position bigint,
+    most           bigint
+) RETURNS SETOF bigint
+LANGUAGE plpgsql STABLE
+SET search_path = pg_catalog, pg_temp
+SET plan_cache_mode = force_generic_plan
+SET enable_seqscan = off
+SET enable_bitmapscan = off
+AS $$
+DECLARE
+    first_tag text;
+    others    text[];
+    numbers   integer[];               -- of the names; null for a name that no event has
+BEGIN
+    FOR n IN 1 .. cardinality(item_tag) LOOP
+        first_tag := item_tag[n];
+        others := ARRAY(SELECT m.tag FROM unnest(more_item, more_tag) AS m (item, tag) WHERE m.item = n);
+        numbers := CASE WHEN n = ANY (name_item) THEN ARRAY(
+            SELECT (SELECT k.number FROM storied.names AS k WHERE k.name = w.name)
+            FROM unnest(name_item, name_text) AS w (item, name) WHERE w.item = n) END;
+        RETURN QUERY
+            SELECT t.position FROM storied.tags AS t
+            WHERE t.tag = first_tag AND t.position > after_position AND (numbers IS NULL OR t.name = ANY (numbers))
+                AND (cardinality(others) = 0 OR (
+                    SELECT bool_and((
+                        SELECT true FROM storied.tags AS x WHERE x.tag = o.tag AND x.position = t.position) IS NOT NULL)
+                    FROM unnest(others) AS o (tag)))
+            ORDER BY t.position LIMIT most;
+    END LOOP;
+END $$;
+REVOKE EXECUTE ON FUNCTION storied.matching FROM PUBLIC;
+
+-- Appends a unit unless an event crosses the boundary of a decision (I13): one that matches its query,
+-- is above its mark and was not seen. The call is a transaction of its own.
+--
+-- No crossing event is missed. Its transaction has a shared lock on each tag of the event until its end,
+-- so on a tag of the matching item that is locked here exclusively:
+-- - A transaction that had its lock before this one got its own has ended, and the look-up sees its
+--   events, because its snapshot is taken after the locks.
+-- - Any other one gets its lock after the end of this one, and adds its events after these.
+-- - Events at or below the mark were decided before the decision read them, so it saw all of them.
+--
+-- The function never waits long while appends of others wait for its locks: if a tag is locked by
+-- another transaction, or a lock of storied.append() is not granted in time, it is busy and has done
+-- nothing.
+CREATE FUNCTION storied.append_unless(
+    known_server     bigint,           -- these as in storied.append_tagged; there may be no tags
+    known_position   bigint,
+    part_stream      bigint[],
+    part_category    integer[],
+    part_stream_id   text[],
+    part_unit        integer[],
+    part_expected    bigint[],
+    part_events      integer[],
+    look_up          boolean,
+    used_names       integer[],
+    event_name       integer[],
+    event_id         uuid[],
+    event_command_id uuid[],
+    event_payload    bytea[],
+    event_metadata   bytea[],
+    settle           boolean,
+    event_correlation uuid[],
+    tag_event        integer[],
+    tag_text         text[],
+    item_tag         text[],           -- the query, as in storied.matching
+    more_item        integer[],
+    more_tag         text[],
+    name_item        integer[],
+    name_text        text[],
+    mark             bigint,
+    seen             bigint[],         -- positions above the mark
+    may_wait         boolean,          -- whether to wait for tags, at most for 50 ms
+    OUT streams   bigint[],
+    OUT versions  bigint[],
+    OUT lost      boolean[],
+    OUT positions bigint[],
+    OUT transaction_id text,
+    OUT settled   bigint[],
+    OUT crossed   bigint,              -- position of the first event that crosses the boundary: nothing was done
+    OUT busy      boolean              -- nothing was done
+)
+LANGUAGE plpgsql VOLATILE SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp
+SET plan_cache_mode = force_generic_plan
+SET enable_seqscan = off
+SET enable_bitmapscan = off
+AS $$
+DECLARE
+    give_up  CONSTANT timestamptz := clock_timestamp() + interval '50 milliseconds';
+    wanted   record;
+    key_high integer;
+    key_low  integer;
+    left_ms  integer;
+    setting  text;
+BEGIN
+    busy := false;
+    IF pg_is_in_recovery() THEN
+        RAISE EXCEPTION 'a standby does not see the locks of the primary' USING ERRCODE = 'read_only_sql_transaction';
+    END IF;
+    -- Otherwise the look-up would not see what was committed while the function waited.
+    IF current_setting('transaction_isolation') <> 'read committed' THEN
+        RAISE EXCEPTION 'appending needs the isolation level read committed, not %', current_setting('transaction_isolation')
+            USING ERRCODE = 'ST002';
+    END IF;
+    IF known_server IS DISTINCT FROM storied.server() THEN
+        RETURN;
+    END IF;
+    IF num_nulls(tag_text, item_tag, more_item, more_tag, name_item, name_text, mark, seen, may_wait) > 0 THEN
+        RAISE EXCEPTION 'the condition is incomplete' USING ERRCODE = 'invalid_parameter_value';
+    END IF;
+    -- With a pooler, the client commits in a round trip of its own. If it is paused before, its locks
+    -- must not stop others.
+    setting := set_config('idle_in_transaction_session_timeout', '1000', true);
+
+    BEGIN
+        FOR wanted IN
+            SELECT k.hash, bool_or(k.is_exclusive) AS is_exclusive
+            FROM (
+                SELECT storied.tag_key(i.tag) AS hash, true AS is_exclusive FROM unnest(item_tag) AS i (tag)
+                UNION ALL
+                SELECT storied.tag_key(t.tag), false FROM unnest(tag_text) AS t (tag)
+            ) AS k
+            GROUP BY k.hash ORDER BY k.hash
+        LOOP
+            key_high := (wanted.hash >> 32)::integer;
+            key_low := wanted.hash::bit(32)::integer;
+            CONTINUE WHEN CASE WHEN wanted.is_exclusive
+                THEN pg_try_advisory_xact_lock(key_high, key_low) ELSE pg_try_advisory_xact_lock_shared(key_high, key_low) END;
+            left_ms := ceil(extract(epoch FROM give_up - clock_timestamp()) * 1000);
+            IF NOT may_wait OR left_ms < 1 THEN
+                busy := true;
+                RETURN;
+            END IF;
+            setting := set_config('lock_timeout', left_ms::text, true);
+            IF wanted.is_exclusive THEN
+                PERFORM pg_advisory_xact_lock(key_high, key_low);
+            ELSE
+                PERFORM pg_advisory_xact_lock_shared(key_high, key_low);
+            END IF;
+        END LOOP;
+        setting := set_config('lock_timeout', '50', true);
+
+        -- A statement of its own, so that its snapshot is newer than the locks. The first event of an
+        -- item that is missing in seen is among so many of its events.
+        SELECT min(m.position) INTO crossed
+        FROM storied.matching(item_tag, more_item, more_tag, name_item, name_text, mark, cardinality(seen) + 1) AS m (position)
+        WHERE m.position <> ALL (seen);
+        IF crossed IS NOT NULL THEN
+            RETURN;
+        END IF;
+
+        SELECT a.streams, a.versions, a.lost, a.positions, a.transaction_id, a.settled
+        INTO streams, versions, lost, positions, transaction_id, settled
+        FROM storied.append(
+            known_server, known_position, part_stream, part_category, part_stream_id, part_unit, part_expected, part_events, look_up,
+            used_names, event_name, event_id, event_command_id, event_payload, event_metadata, settle, event_correlation) AS a;
+        IF positions IS NOT NULL AND cardinality(tag_text) > 0 THEN
+            PERFORM storied.add_tags(
+                tag_event, tag_text, positions, event_name, CASE WHEN look_up OR lost IS NOT NULL THEN event_id END);
+        END IF;
+    EXCEPTION WHEN lock_not_available THEN
+        busy := true;
+    END;
+END $$;
+REVOKE EXECUTE ON FUNCTION storied.append_unless FROM PUBLIC;
+
 -- Returns the high-water mark: the last event below which no new event can appear (I1).
 --
 -- The function must stay VOLATILE and run at READ COMMITTED. Then each statement has a snapshot of
@@ -715,12 +1084,14 @@ BEGIN
     -- Not a WHEN of the trigger, which is parsed for every INSERT and takes ten times as long. So
     -- would a CHECK constraint of the table.
     IF current_setting('storied_log.appending', true) IS DISTINCT FROM 'on' THEN
-        RAISE EXCEPTION 'events are appended by %.append() only: an event that is inserted past it would be missed by readers',
+        RAISE EXCEPTION 'events and tags are appended by %.append() only: what is inserted past it would be missed by readers',
             TG_TABLE_SCHEMA USING ERRCODE = 'insufficient_privilege';
     END IF;
     RETURN NULL;
 END $$;
 CREATE TRIGGER events_are_appended BEFORE INSERT ON storied.events
+    FOR EACH STATEMENT EXECUTE FUNCTION storied.refuse_insert();
+CREATE TRIGGER tags_are_appended BEFORE INSERT ON storied.tags
     FOR EACH STATEMENT EXECUTE FUNCTION storied.refuse_insert();
 
 CREATE FUNCTION storied.refuse_change() RETURNS trigger LANGUAGE plpgsql AS $$
@@ -736,6 +1107,8 @@ CREATE TRIGGER names_stay BEFORE UPDATE OR DELETE OR TRUNCATE ON storied.names
 CREATE TRIGGER streams_stay BEFORE UPDATE OR DELETE OR TRUNCATE ON storied.streams
     FOR EACH STATEMENT EXECUTE FUNCTION storied.refuse_change();
 CREATE TRIGGER correlations_stay BEFORE UPDATE OR DELETE OR TRUNCATE ON storied.correlations
+    FOR EACH STATEMENT EXECUTE FUNCTION storied.refuse_change();
+CREATE TRIGGER tags_stay BEFORE UPDATE OR DELETE OR TRUNCATE ON storied.tags
     FOR EACH STATEMENT EXECUTE FUNCTION storied.refuse_change();
 
 -- What operators control of projections, on every node.

@@ -47,6 +47,14 @@ CREATE INDEX storied_events_by_command ON storied_events (command_id, stream);
 -- Finds the events of nested commands; the position ends each entry.
 CREATE INDEX storied_events_by_correlation ON storied_events (correlation_id) WHERE correlation_id IS NOT NULL;
 
+-- Tags of events, for queries. An event without tags has no rows.
+CREATE TABLE storied_tags (
+    tag      TEXT    NOT NULL,                -- key:value
+    position INTEGER NOT NULL,                -- position of the event
+    name     INTEGER NOT NULL,                -- name of the event: number in storied_names
+    PRIMARY KEY (tag, position)
+) STRICT, WITHOUT ROWID;
+
 -- The log in clear, for tools and dumps.
 CREATE VIEW storied_log AS
 SELECT
@@ -107,6 +115,16 @@ END;
 CREATE TRIGGER storied_names_no_delete BEFORE DELETE ON storied_names
 BEGIN
     SELECT RAISE(ABORT, 'storied_names is append-only: events refer to its numbers');
+END;
+
+CREATE TRIGGER storied_tags_no_update BEFORE UPDATE ON storied_tags
+BEGIN
+    SELECT RAISE(ABORT, 'storied_tags is append-only: decisions rely on the tags of every event');
+END;
+
+CREATE TRIGGER storied_tags_no_delete BEFORE DELETE ON storied_tags
+BEGIN
+    SELECT RAISE(ABORT, 'storied_tags is append-only: decisions rely on the tags of every event');
 END;
 
 -- What operators control of projections, on every node.

@@ -331,6 +331,8 @@ impl<A: Aggregate> AggregateActor<A> {
         let metadata = order.metadata.encode()?;
         let (mut encoded, mut read) = (Vec::with_capacity(events.len()), Vec::with_capacity(events.len()));
         for event in events {
+            let tags = event.tags();
+            tags.check()?;
             let (name, payload, event) = self.shared.types.encode(event, codec)?;
             read.push(event);
             encoded.push(NewEvent {
@@ -340,6 +342,7 @@ impl<A: Aggregate> AggregateActor<A> {
                 command_id: order.command_id,
                 correlation_id: order.metadata.correlation_id,
                 metadata: metadata.clone(),
+                tags,
             });
         }
         let stored = to_cbor(&reply)?;
@@ -377,7 +380,7 @@ impl<A: Aggregate> AggregateActor<A> {
                 }
                 receipt(pending, &self.stream, CommandEvents { first, last, position: written.position });
             }
-            Err(AppendError::Conflict(_)) => {
+            Err(AppendError::Conflict(_) | AppendError::Changed { .. } | AppendError::Exists { .. }) => {
                 state.broken = true;
                 state.retry_queue.push_back((pending.order, pending.load));
                 state.retry_queue.extend(pending.repeated);

@@ -11,6 +11,7 @@ use super::metadata::Metadata;
 use super::name::EventName;
 use super::recorded::{NewEvent, RecordedEvent};
 use super::set::{EventDecoder, EventSet};
+use super::tags::Tags;
 use super::types::EventTypes;
 use crate::codec::{Codec, encode_variant};
 
@@ -21,6 +22,8 @@ impl NewEvent {
     /// If the event does not serialize, cannot be read back, or is no externally tagged enum.
     pub fn encode<E: Event>(event: &E, codec: Codec, metadata: &Metadata) -> Result<Self, EncodeError> {
         let (name, payload, _) = EventTypes::of::<E>()?.encode(event, codec)?;
+        let tags = event.tags();
+        tags.check()?;
         Ok(Self {
             id: Uuid::now_v7(),
             name,
@@ -28,6 +31,7 @@ impl NewEvent {
             command_id: Uuid::now_v7(),
             correlation_id: metadata.correlation_id,
             metadata: metadata.encode()?,
+            tags,
         })
     }
 }
@@ -51,6 +55,7 @@ impl NewEvent {
             command_id: Uuid::now_v7(),
             correlation_id: metadata.correlation_id,
             metadata: metadata.encode()?,
+            tags: Tags::new(),
         })
     }
 }

@@ -4,6 +4,7 @@ use super::name::{EventName, InvalidName};
 use super::position::Version;
 use super::recorded::RecordedEvent;
 use super::stream::StreamId;
+use super::tags::InvalidTag;
 use crate::codec::SerializeError;
 
 /// A value that cannot be encoded.
@@ -63,6 +64,9 @@ pub enum EncodeError {
         /// The largest field, or the key of the largest entry of the user.
         largest: String,
     },
+    /// A tag is invalid, or there are too many.
+    #[error(transparent)]
+    Tag(#[from] InvalidTag),
     /// serde failed.
     #[error("serializing a value of type {type_name} failed: {reason}")]
     Serialize {
@@ -96,6 +100,8 @@ pub enum DecodeErrorKind {
     Upcast(String),
     /// The metadata does not decode.
     Metadata(String),
+    /// A query of a decision found the event by tags that its type does not give it any more.
+    OtherTags,
 }
 
 /// A recorded event that cannot be decoded.
@@ -140,6 +146,9 @@ impl DecodeError {
             DecodeErrorKind::Payload(reason) => format!("the payload does not decode: {reason}"),
             DecodeErrorKind::Upcast(reason) => format!("the upcaster failed: {reason}"),
             DecodeErrorKind::Metadata(reason) => format!("the metadata does not decode: {reason}"),
+            DecodeErrorKind::OtherTags => {
+                "a query found it by tags that its type does not give it any more; keep in Event::tags the tags that decisions query".into()
+            }
         }
     }
 }

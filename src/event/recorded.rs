@@ -7,6 +7,7 @@ use uuid::Uuid;
 use super::name::EventName;
 use super::position::{Position, Version};
 use super::stream::StreamId;
+use super::tags::Tags;
 use crate::codec::Codec;
 
 /// An encoded and named event that has no position and version yet.
@@ -29,6 +30,8 @@ pub struct NewEvent {
     pub correlation_id: Option<Uuid>,
     /// Encoded [`Metadata`](super::Metadata).
     pub metadata: Bytes,
+    /// Tags of the event, for [queries](crate::store::Query).
+    pub tags: Tags,
 }
 
 #[cfg(any(feature = "postgres", feature = "sqlite"))]

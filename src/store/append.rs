@@ -2,6 +2,7 @@ use std::collections::HashSet;
 use std::fmt;
 use std::future::Future;
 
+use super::boundary::Boundary;
 use super::error::StoreError;
 use crate::event::{NewEvent, Position, StreamId, Version};
 
@@ -58,17 +59,33 @@ pub struct StreamAppend {
 pub struct Append {
     /// Parts, decided in this order; at least one. Each stream may appear only once.
     pub streams: Vec<StreamAppend>,
+    /// Condition: no event crosses this boundary.
+    pub unless: Option<Boundary>,
 }
 
 impl Append {
+    /// Maximum number of different tags of all events of an append.
+    pub const MAX_TAGS: usize = 64;
+
     /// Creates an append to one stream.
     pub fn one(stream: StreamId, expected: ExpectedVersion, events: Vec<NewEvent>) -> Self {
-        Self { streams: vec![StreamAppend { stream, expected, events }] }
+        Self { streams: vec![StreamAppend { stream, expected, events }], unless: None }
     }
 
     /// Creates an atomic append to several streams.
     pub fn all(streams: Vec<StreamAppend>) -> Self {
-        Self { streams }
+        Self { streams, unless: None }
+    }
+
+    /// Appends only if no event crosses the boundary: none that matches its query, except those that
+    /// the decision has read (I13).
+    ///
+    /// Otherwise the append fails with [`AppendError::Changed`], or with [`AppendError::Exists`] if
+    /// the boundary comes from [`Query::exists`](super::Query::exists).
+    #[must_use]
+    pub fn unless(mut self, boundary: Boundary) -> Self {
+        self.unless = Some(boundary);
+        self
     }
 }
 
@@ -103,9 +120,28 @@ pub enum AppendError {
     /// A stream was not at the expected version; nothing of the append was written.
     #[error(transparent)]
     Conflict(#[from] Conflict),
+    /// An event that the decision has not read matches its query; nothing was written.
+    #[error("conflict: the event at position {position} matches the query; read again and decide again")]
+    Changed {
+        /// Position of the event.
+        position: Position,
+    },
+    /// An event that must not exist does; nothing was written.
+    #[error("the event at position {position} matches the query, and must not exist")]
+    Exists {
+        /// Position of the event.
+        position: Position,
+    },
     /// The store failed.
     #[error(transparent)]
     Store(#[from] StoreError),
+}
+
+impl AppendError {
+    /// Returns the error of an append whose boundary the event at `position` has crossed.
+    pub(super) fn crossed(boundary: &Boundary, position: Position) -> Self {
+        if boundary.expects_none() { Self::Exists { position } } else { Self::Changed { position } }
+    }
 }
 
 /// Maximum sizes of payload and metadata that a back end can store, in bytes.
@@ -162,6 +198,16 @@ fn check(
     if append.streams.is_empty() {
         return invalid("the append has no streams; add at least one part".into());
     }
+    if let Some(boundary) = &append.unless {
+        boundary.query().check()?;
+    }
+    let tags = append.streams.iter().flat_map(|part| &part.events).flat_map(|event| event.tags.iter());
+    // The tag of a command, which storied adds to decisions, does not count.
+    let tags = tags.filter(|tag| !tag.is_reserved()).collect::<HashSet<_>>().len();
+    if tags > Append::MAX_TAGS {
+        let limit = Append::MAX_TAGS;
+        return invalid(format!("too many tags in an append: {tags} (limit {limit}); divide it"));
+    }
     let mut all = *bytes;
     for (index, part) in append.streams.iter().enumerate() {
         let stream = &part.stream;
@@ -187,6 +233,9 @@ fn check(
                 ));
             }
             all = all.saturating_add(size);
+            if let Err(error) = event.tags.check() {
+                return invalid(format!("invalid tags of the event {} of {stream}: {error}", event.name));
+            }
         }
     }
     if all > limits.batch {

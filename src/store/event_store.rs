@@ -19,6 +19,7 @@ use super::log_page::{LogPage, ReadLog};
 use super::progress::{
     Checkpoint, CheckpointError, CheckpointKey, ParkedEvent, ProgressWrite, StoredProjection,
 };
+use super::query_store::QueryStore;
 use super::request::{Request, StoredRequest};
 use super::schedule_store::ScheduleStore;
 use super::snapshot::Snapshot;
@@ -27,7 +28,7 @@ use crate::event::{Position, RecordedEvent, StreamId, Version};
 use crate::future::BoxFuture;
 
 /// An event store. The [module](super) lists its guarantees.
-pub trait EventStore: ScheduleStore {
+pub trait EventStore: QueryStore + ScheduleStore {
     /// Returns the identity and capabilities of the store.
     fn info(&self) -> &StoreInfo;
 
@@ -40,7 +41,8 @@ pub trait EventStore: ScheduleStore {
     /// [`Runtime`](crate::Runtime) does, so a command never fails because of another one.
     ///
     /// A batch is not ordered across streams. If the order across streams matters, use sequential
-    /// calls or one append to several streams.
+    /// calls or one append to several streams. A [condition](Append::unless) sees the earlier appends
+    /// of its batch, and may see later ones that have no condition.
     ///
     /// A result is returned when it is durable.
     ///

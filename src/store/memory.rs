@@ -1,5 +1,6 @@
 //! The in-memory event store: for tests, and the simplest reference for all back ends.
 
+mod queries;
 mod schedule_store;
 
 use std::collections::{BTreeMap, HashMap};
@@ -14,6 +15,7 @@ use super::memory_clock::MemoryClock;
 use super::memory_leases::MemoryLeases;
 use super::memory_progress::MemoryProgress;
 use super::memory_schedules::MemorySchedules;
+use super::memory_tags::MemoryTags;
 use super::memory_timers::MemoryTimers;
 use super::page_size::PageSizer;
 use super::version_check::StreamVersions;
@@ -51,6 +53,7 @@ struct Data {
     events: Vec<RecordedEvent>,
     /// Indexes into the log; the version of an event is its index + 1.
     streams: HashMap<StreamId, Vec<usize>>,
+    tags: MemoryTags,
     progress: MemoryProgress,
     controls: BTreeMap<String, ProjectionControl>,
     publisher: PublisherCheckpoint,
@@ -115,6 +118,9 @@ impl Data {
     }
 
     fn append(&mut self, append: Append, codec: Codec) -> Result<Appended, AppendError> {
+        if let Some(boundary) = &append.unless {
+            self.tags.check(boundary)?;
+        }
         let versions = append
             .streams
             .iter()
@@ -135,6 +141,7 @@ impl Data {
                     .entry((event.command_id, part.stream.clone()))
                     .and_modify(|events| (events.last, events.position) = (version, position))
                     .or_insert(CommandEvents { first: version, last: version, position });
+                self.tags.insert(position, &event);
                 self.events.push(RecordedEvent {
                     id: event.id,
                     stream: part.stream.clone(),

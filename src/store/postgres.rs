@@ -6,6 +6,7 @@
 //!   transaction without events holds back no reader.
 //! - The unique index on stream and version decides between concurrent appends (I2).
 //! - A batch of appends is one call of one function: one round trip and one commit.
+//! - An append with tags locks them, so a decision misses no event that matches its query (I13).
 //! - If an append gets no answer, the store looks up its events on another connection before it
 //!   answers or repeats the append (I4).
 //!
@@ -15,10 +16,14 @@ mod adopt;
 mod append;
 mod append_call;
 mod append_failure;
+mod append_partition;
+mod append_retry;
 mod borrowed;
 mod command_batchers;
 mod commands;
 mod commit_recovery;
+mod conditional_append;
+mod conditional_permits;
 mod connection;
 mod control;
 mod convert;
@@ -35,6 +40,8 @@ mod numbering;
 mod numbers;
 mod options;
 pub(crate) mod progress;
+mod queries;
+mod query_arguments;
 mod read;
 mod request_batcher;
 mod scheduled_commands;

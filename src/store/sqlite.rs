@@ -15,12 +15,14 @@ mod migrate;
 mod number_cache;
 mod options;
 pub(crate) mod progress;
+mod queries;
 mod read;
 mod scheduled_commands;
 mod schedules;
 mod schema;
 mod shared;
 mod snapshots;
+mod tag_query;
 mod tailer;
 mod timers;
 

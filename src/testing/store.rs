@@ -21,11 +21,14 @@
 //! The behaviours are public functions in the modules below, for tests of a single one.
 
 pub mod append;
+pub mod boundaries;
 pub mod command;
 mod fixture;
 pub mod lease;
 pub mod oracle;
 pub mod progress;
+pub mod queries;
+pub mod query_races;
 pub mod read;
 pub mod scheduled_commands;
 pub mod schedules;
@@ -198,6 +201,27 @@ macro_rules! event_store_suite {
                 removal_races_with_starting,
                 a_command_is_postponed,
                 ends_of_a_stale_holder_are_ignored;
+            queries:
+                events_are_found_by_their_tags,
+                queries_are_read_in_pages,
+                events_without_tags_match_no_query,
+                tags_with_odd_text_are_kept_apart,
+                invalid_queries_are_refused,
+                invalid_tags_are_refused_alone;
+            boundaries:
+                a_boundary_holds_until_a_matching_event,
+                an_existing_event_is_reported,
+                refused_decisions_leave_no_trace,
+                other_tags_and_names_never_conflict,
+                a_batch_is_checked_in_its_order,
+                equal_reads_have_equal_boundaries,
+                versions_and_boundaries_are_both_checked,
+                several_streams_share_a_boundary;
+            query_races:
+                one_of_many_rivals_gets_a_unique_value,
+                rivals_take_exactly_the_last_seats,
+                plain_appends_race_with_decisions,
+                decisions_are_made_on_all_matching_events;
             oracle:
                 rivals_on_one_stream_leave_no_gap,
                 followers_see_exactly_the_log,

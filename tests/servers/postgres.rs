@@ -13,6 +13,7 @@ mod plans;
 mod pooler;
 mod projections;
 mod proxy;
+mod queries;
 mod read_model;
 mod rights;
 mod settled;

@@ -8,9 +8,9 @@ use std::time::Duration;
 use storied::store::{
     Append, AppendError, Appended, BoxFuture, Checkpoint, CheckpointError, CheckpointKey, ControlChange,
     DueCommands, DueSchedules, ExpectedVersion, Lease, LeaseInfo, LogPage, NewScheduledCommand, ParkedEvent,
-    ProgressWrite, ProjectionControl, PublisherCheckpoint, ReadLog, Request, ScheduleStore, ScheduledCommand,
-    ScheduledEnd, ScheduledQuery, Snapshot, StoreError, StoreInfo, StoredProjection, StoredRequest,
-    StoredSchedule,
+    ProgressWrite, ProjectionControl, PublisherCheckpoint, Query, QueryStore, ReadLog, Request,
+    ScheduleStore, ScheduledCommand, ScheduledEnd, ScheduledQuery, Snapshot, StoreError, StoreInfo,
+    StoredProjection, StoredRequest, StoredSchedule,
 };
 use storied::{EventStore, MemoryStore, NewEvent, Position, RecordedEvent, StreamId, Version};
 use tokio::sync::watch;
@@ -475,6 +475,26 @@ impl EventStore for FaultyStore {
         limit: usize,
     ) -> BoxFuture<'a, Result<Vec<storied::store::StoredTimer>, StoreError>> {
         self.inner.timers(process, after, limit)
+    }
+}
+
+impl QueryStore for FaultyStore {
+    fn mark_before_read(&self) -> BoxFuture<'_, Result<Position, StoreError>> {
+        self.inner.mark_before_read()
+    }
+
+    fn matching<'a>(
+        &'a self,
+        query: &'a Query,
+        after: Position,
+        limit: usize,
+    ) -> BoxFuture<'a, Result<Vec<RecordedEvent>, StoreError>> {
+        Box::pin(async move {
+            until(&self.holding_reads).await;
+            let events = self.inner.matching(query, after, limit).await?;
+            self.events_read.fetch_add(events.len(), Ordering::SeqCst);
+            Ok(events)
+        })
     }
 }
 

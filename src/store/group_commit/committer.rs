@@ -308,8 +308,8 @@ impl Committer {
             }
             Err(error) => {
                 let counter = match &error {
-                    AppendError::Conflict(_) => &self.counters.conflicts,
                     AppendError::Store(_) => &self.counters.failures,
+                    _ => &self.counters.conflicts,
                 };
                 // First cut the chains, so that nothing of them is taken up between the answers.
                 for submission in &submissions {

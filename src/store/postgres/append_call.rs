@@ -5,6 +5,8 @@ mod many;
 mod one;
 mod reply;
 mod seen;
+mod tags;
+mod unless;
 
 use std::sync::Arc;
 
@@ -13,6 +15,8 @@ use self::many::execute_many;
 use self::one::{execute_one, single};
 pub(super) use self::reply::Outcome;
 use self::reply::Reply;
+pub(super) use self::unless::Condition;
+use self::unless::{check_server, execute_unless};
 use super::super::{Append, StoreError};
 use super::append_failure::{CommitHandle, DOING, Failure};
 use super::connection::Session;
@@ -22,7 +26,13 @@ use super::inner::PgInner;
 use super::numbering::{NumberingError, number_names};
 
 /// Sends appends in one transaction; returns the outcome of each.
-pub(super) async fn call(core: &Arc<PgInner>, appends: &[&Append]) -> Result<Vec<Outcome>, Failure> {
+///
+/// An append with a condition is the only one of its transaction.
+pub(super) async fn call(
+    core: &Arc<PgInner>,
+    appends: &[&Append],
+    condition: Option<Condition<'_>>,
+) -> Result<Vec<Outcome>, Failure> {
     core.stuck.check()?;
     number_names(core, appends).await.map_err(|error| match error {
         NumberingError::Store(error) => Failure::Failed(error),
@@ -32,12 +42,16 @@ pub(super) async fn call(core: &Arc<PgInner>, appends: &[&Append]) -> Result<Vec
         }
         NumberingError::Database(error) => Failure::answered(error),
     })?;
+    if let Some(condition) = condition {
+        check_server(core, condition.boundary).await?;
+    }
     let explicit = core.connections.appends_in_transactions();
     let server = core.connections.begun();
     let session =
         if explicit { core.connections.begin(DOING).await } else { core.connections.acquire(DOING).await };
     let mut session = session.map_err(Failure::Failed)?;
-    let (reply, mut cancelled) = core.watched(core.timed(execute(core, &mut session, appends))).await;
+    let (reply, mut cancelled) =
+        core.watched(core.timed(execute(core, &mut session, appends, condition))).await;
     let reply = match reply {
         Ok(reply) => reply,
         Err(error) if class_of(&error) == ErrorClass::Unknown => {
@@ -106,7 +120,11 @@ async fn execute(
     core: &PgInner,
     session: &mut Session,
     appends: &[&Append],
+    condition: Option<Condition<'_>>,
 ) -> Result<Option<Reply>, sqlx::Error> {
+    if let Some(condition) = condition {
+        return execute_unless(core, session, appends, condition).await;
+    }
     let mut look_up = false;
     // Not in an explicit transaction: its end is looked up by its id, which only `append()`
     // returns.

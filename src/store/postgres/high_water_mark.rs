@@ -1,6 +1,6 @@
 //! The high-water mark, queried once for all readers of the process.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -36,6 +36,8 @@ pub(super) struct HighWaterMark {
     known: Mutex<Option<(Position, Uuid)>>,
     /// [`Connections::begun`] when the server last confirmed it.
     checked: AtomicU64,
+    /// Server process that last confirmed it, as `storied.server()` returns it.
+    confirmed_by: AtomicI64,
     /// Whether commits wait for synchronous standbys.
     standbys: AtomicBool,
     /// Number and result of the last answered query. Locked while a query is in flight.
@@ -67,6 +69,7 @@ impl HighWaterMark {
             query_count: AtomicU64::new(0),
             known: Mutex::default(),
             checked: AtomicU64::new(0),
+            confirmed_by: AtomicI64::new(0),
             standbys: AtomicBool::new(false),
             answered: tokio::sync::Mutex::new((0, Ok(()))),
             stalled_since: Mutex::default(),
@@ -127,13 +130,23 @@ impl HighWaterMark {
         known.filter(|(known, _)| *known == position).map(|(_, id)| id)
     }
 
+    /// Records an event that is in the log, perhaps above the mark.
+    pub(super) fn record(&self, position: Position, id: Uuid) {
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        if known.is_none_or(|(last, _)| last < position) {
+            *known = Some((position, id));
+        }
+    }
+
+    /// Returns whether `server` is the server process that last confirmed the recorded events.
+    pub(super) fn is_confirmed_by(&self, server: i64) -> bool {
+        self.confirmed_by.load(Ordering::Acquire) == server
+    }
+
     /// Advances the mark to `head`, the position of the event `id`; never moves it backwards.
     pub(super) fn advance(&self, head: Position, id: Option<Uuid>) {
         if let Some(id) = id {
-            let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
-            if known.is_none_or(|(position, _)| position < head) {
-                *known = Some((head, id));
-            }
+            self.record(head, id);
         }
         self.head.send_if_modified(|known| {
             let news = head > *known;
@@ -204,9 +217,10 @@ impl HighWaterMark {
         session.finish(DOING).await?;
         let columns = || -> Result<_, sqlx::Error> {
             let numbers = [from_sql(row.try_get(0)?), from_sql(row.try_get(1)?), from_sql(row.try_get(2)?)];
-            Ok((numbers, row.try_get(3)?, row.try_get::<Option<Uuid>, _>(4)?, row.try_get(5)?))
+            let there = row.try_get::<Option<Uuid>, _>(4)?;
+            Ok((numbers, row.try_get(3)?, there, row.try_get(5)?, row.try_get(6)?))
         };
-        let ([last_value, low_water, head], id, there, standbys) =
+        let ([last_value, low_water, head], id, there, standbys, process) =
             columns().map_err(|error| failed(DOING, error))?;
         self.standbys.store(standbys, Ordering::Release);
         if let Some((position, id)) = known {
@@ -227,6 +241,7 @@ impl HighWaterMark {
             }
         }
         self.checked.store(server, Ordering::Release);
+        self.confirmed_by.store(process, Ordering::Release);
         // The mark may be lower than before for a moment: a writer that takes its lock late lowers
         // it.
         self.advance(Position::new(head), id);

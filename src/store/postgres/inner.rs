@@ -7,6 +7,7 @@ use super::super::page_size::PageSizer;
 use super::super::sql::{Controls, Progress};
 use super::super::{StoreError, StoreInfo};
 use super::command_batchers::CommandBatchers;
+use super::conditional_permits::ConditionalPermits;
 use super::connection::Connections;
 use super::high_water_mark::HighWaterMark;
 use super::numbers::Numbers;
@@ -28,6 +29,7 @@ pub(super) struct PgInner {
     pub(super) page_sizer: PageSizer,
     pub(super) commands: CommandBatchers,
     pub(super) stuck: Stuck,
+    pub(super) conditional_permits: ConditionalPermits,
 }
 
 impl PgInner {
@@ -50,6 +52,7 @@ impl PgInner {
             page_sizer: PageSizer::default(),
             commands: CommandBatchers::default(),
             stuck: Stuck::default(),
+            conditional_permits: ConditionalPermits::default(),
         }
     }
 

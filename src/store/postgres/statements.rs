@@ -66,6 +66,13 @@ statements! {
             FROM storied.append($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17)",
         append_known: "SELECT storied.append_known($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12)",
         append_one: "SELECT storied.append_one($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13)",
+        append_tagged: "SELECT streams, versions, lost, positions, transaction_id, settled
+            FROM storied.append_tagged($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19)",
+        append_known_tagged: "SELECT storied.append_known_tagged($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14)",
+        append_one_tagged: "SELECT storied.append_one_tagged($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14)",
+        append_unless: "SELECT streams, versions, lost, positions, transaction_id, settled, crossed, busy
+            FROM storied.append_unless($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19,
+                $20, $21, $22, $23, $24, $25, $26, $27)",
         number_names: "SELECT numbers, server FROM storied.number_names($1)",
         // Ranges with an order leave PostgreSQL no other plan.
         names: "SELECT n.number, n.name FROM unnest($1::integer[]) AS wanted (number) CROSS JOIN LATERAL (
@@ -86,7 +93,7 @@ statements! {
         // server lost it.
         high_water_mark: "SELECT f.last_value, f.low_water, f.head, f.head_id,
                 (SELECT e.id FROM storied.events AS e WHERE e.position >= $1 AND e.position <= $1 ORDER BY e.position LIMIT 1),
-                current_setting('synchronous_standby_names') <> ''
+                current_setting('synchronous_standby_names') <> '', storied.server()
             FROM storied.high_water_mark() AS f",
         event_at: "SELECT id FROM storied.events
             WHERE position >= $1 AND position <= $1 AND (SELECT pg_current_wal_lsn()) IS NOT NULL ORDER BY position LIMIT 1",
@@ -161,6 +168,17 @@ statements! {
                         WHERE (correlation_id, position) > ($1, $2) AND (correlation_id, position) <= ($1, $3)
                         ORDER BY correlation_id, position LIMIT $4) AS i
                 ) AS f ORDER BY f.position LIMIT $4
+            ) AS found LEFT JOIN LATERAL (
+                SELECT position, version, name, id, command_id, payload, metadata, recorded_at, stream
+                FROM storied.events WHERE position >= found.position AND position <= found.position
+                ORDER BY position LIMIT 1
+            ) AS e ON true
+            WHERE (SELECT pg_current_wal_lsn()) IS NOT NULL ORDER BY found.position",
+        // Each event once, also if it matches several items.
+        matching: "SELECT e.*, found.position
+            FROM (
+                SELECT DISTINCT m.position FROM storied.matching($1, $2, $3, $4, $5, $6, $7) AS m (position)
+                ORDER BY m.position LIMIT $7
             ) AS found LEFT JOIN LATERAL (
                 SELECT position, version, name, id, command_id, payload, metadata, recorded_at, stream
                 FROM storied.events WHERE position >= found.position AND position <= found.position

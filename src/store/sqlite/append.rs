@@ -5,6 +5,7 @@
 //! event violates the key of its stream, or the cache is of another log, the transaction is rolled
 //! back, and the batch is appended again with everything looked up.
 
+mod boundaries;
 mod insert;
 mod look_up;
 mod statements;
@@ -14,6 +15,7 @@ use std::collections::HashMap;
 use sqlx::Executor;
 use sqlx::sqlite::SqliteConnection;
 
+use self::boundaries::BoundaryCheck;
 use self::insert::{EventRow, NewStream};
 pub(super) use self::statements::DOING;
 use super::super::append::SizeLimits;
@@ -118,11 +120,11 @@ async fn attempt<'b>(
         last_number = look_up::streams(connection, &mut facts, &unknown).await?;
         begun = true;
     }
-    // The positions count from the end of the log, which the insert finds.
+    let (boundaries, mut begun) = BoundaryCheck::look_up(connection, &facts, batch, begun).await?;
     let versions = facts.streams.iter().map(|(stream, fact)| ((*stream).clone(), fact.version)).collect();
-    let mut versions = StreamVersions::new(versions, Position::START);
-    let mut answers: Vec<Result<Appended, AppendError>> =
-        batch.iter().map(|append| versions.assign(append).map_err(AppendError::from)).collect();
+    // Without boundaries, the positions count from the end of the log, which the insert finds.
+    let versions = StreamVersions::new(versions, boundaries.end);
+    let mut answers = decide(batch, versions, boundaries);
     let accepted: Vec<(&Append, &Appended)> = batch
         .iter()
         .zip(&answers)
@@ -159,6 +161,21 @@ async fn attempt<'b>(
         }
         Err(error) => Err(Failure::Commit(failed(DOING, error), written)),
     }
+}
+
+/// Accepts or refuses each append, in their order.
+fn decide<'b>(
+    batch: &'b [Append],
+    mut versions: StreamVersions,
+    mut boundaries: BoundaryCheck<'b>,
+) -> Vec<Result<Appended, AppendError>> {
+    let mut decide_one = |index: usize, append: &'b Append| -> Result<Appended, AppendError> {
+        boundaries.check(index, append)?;
+        let appended = versions.assign(append)?;
+        boundaries.accept(append, &appended);
+        Ok(appended)
+    };
+    batch.iter().enumerate().map(|(index, append)| decide_one(index, append)).collect()
 }
 
 /// Returns the rows of the accepted appends, and the streams that they create.

@@ -222,7 +222,7 @@ mod tests {
     use bytes::Bytes;
 
     use super::*;
-    use crate::event::NewEvent;
+    use crate::event::{NewEvent, Tags};
 
     fn append(id: u64, expected: ExpectedVersion) -> Append {
         let event = NewEvent {
@@ -232,6 +232,7 @@ mod tests {
             command_id: Uuid::now_v7(),
             correlation_id: None,
             metadata: Bytes::new(),
+            tags: Tags::new(),
         };
         Append::one(StreamId::new("order", id).unwrap(), expected, vec![event])
     }

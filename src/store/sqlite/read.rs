@@ -2,6 +2,7 @@
 
 mod correlated;
 mod decoder;
+mod matching;
 
 use futures_util::TryStreamExt;
 use sqlx::{AssertSqlSafe, Row};
@@ -9,6 +10,7 @@ use uuid::Uuid;
 
 pub(super) use self::correlated::correlated;
 use self::decoder::Decoder;
+pub(super) use self::matching::matching;
 use super::super::page_size::PageSizer;
 use super::super::{CommandEvents, Filter, LogPage, ReadLog, StoreError};
 use super::connection::Readers;

@@ -11,7 +11,7 @@ use super::fixture::{
     append_one, append_to, assert_sound, conflict, event, events, fill, ids, name, recorded_ids, stream,
     version, whole_log,
 };
-use crate::event::{NewEvent, Position, StreamId, Version};
+use crate::event::{NewEvent, Position, StreamId, Tags, Version};
 use crate::store::{Append, AppendError, Conflict, ExpectedVersion, StoreError, StreamAppend};
 
 /// Checks every expectation on streams with no, one and three events.
@@ -251,6 +251,7 @@ pub async fn everything_of_an_event_comes_back(database: Database) {
             command_id: Uuid::new_v4(),
             correlation_id: None,
             metadata: payloads[payloads.len() - 1 - i].clone(),
+            tags: Tags::new(),
         })
         .collect();
     let before = Utc::now();

@@ -7,7 +7,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use uuid::Uuid;
 
-use crate::event::{EventName, NewEvent, Position, RecordedEvent, StreamId, Version};
+use crate::event::{EventName, NewEvent, Position, RecordedEvent, StreamId, Tags, Version};
 use crate::store::{Append, AppendError, Appended, Conflict, EventStore, ExpectedVersion, ReadLog};
 
 /// Returns the stream `order/id`.
@@ -29,6 +29,7 @@ pub(super) fn event(event_name: &str) -> NewEvent {
         command_id: Uuid::now_v7(),
         correlation_id: None,
         metadata: Bytes::from_static(&[0xa0]),
+        tags: Tags::new(),
     }
 }
 

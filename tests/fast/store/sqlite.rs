@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection};
 use sqlx::{ConnectOptions, Connection, Executor};
+use storied::event::Tags;
 use storied::store::{
     Append, AppendError, Appended, Checkpoint, CheckpointError, CheckpointKey, ControlChange, DueTime,
     EventStore, ExpectedVersion, NewScheduledCommand, ProgressWrite, ReadLog, ScheduleStore, ScheduledQuery,
@@ -58,6 +59,7 @@ fn event(name: &str) -> NewEvent {
         command_id: Uuid::now_v7(),
         correlation_id: None,
         metadata: Bytes::from_static(b"\xa0"),
+        tags: Tags::new(),
     }
 }
 
@@ -235,7 +237,8 @@ async fn impossible_paths_are_explained() {
 async fn recorded_events_cannot_be_changed() {
     let (_directory, path) = file();
     let store = SqliteStore::open(&path).await.unwrap();
-    append(&store, one("a", "order.placed")).await.unwrap();
+    let tagged = NewEvent { tags: Tags::new().tag("course", "c1"), ..event("order.placed") };
+    append(&store, Append::one(stream("a"), ExpectedVersion::Any, vec![tagged])).await.unwrap();
     let mut stranger = stranger(&path).await;
     for sql in [
         "UPDATE storied_events SET name = 7",
@@ -244,6 +247,8 @@ async fn recorded_events_cannot_be_changed() {
         "DELETE FROM storied_streams",
         "UPDATE storied_names SET name = 'order.other'",
         "DELETE FROM storied_names",
+        "UPDATE storied_tags SET position = 7",
+        "DELETE FROM storied_tags",
     ] {
         let error = stranger.execute(sql).await.unwrap_err();
         assert!(error.to_string().contains("append-only"), "{error}");

@@ -8,16 +8,17 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use chrono::Utc;
+use serde::{Deserialize, Serialize};
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 use sqlx::{AssertSqlSafe, Executor};
-use storied::event::Category;
+use storied::event::{Category, Tags};
 use storied::store::{
-    Checkpoint, CheckpointKey, CommandRecord, DueTime, NewScheduledCommand, NewTimer, ParkedEvent,
-    ProgressWrite, ScheduleStore, ScheduledCommand, ScheduledEnd, ScheduledOutcome, ScheduledQuery,
-    ScheduledState, Snapshot, StoredSchedule, StreamAppend, TimerRef,
+    Append, AppendError, Checkpoint, CheckpointKey, CommandRecord, DueTime, NewScheduledCommand, NewTimer,
+    ParkedEvent, ProgressWrite, Query, QueryStore, ScheduleStore, ScheduledCommand, ScheduledEnd,
+    ScheduledOutcome, ScheduledQuery, ScheduledState, Snapshot, StoredSchedule, StreamAppend, TimerRef,
 };
 use storied::{
-    EventName, EventStore, ExpectedVersion, Filter, Position, PostgresOptions, PostgresStore, ReadLog,
+    Event, EventName, EventStore, ExpectedVersion, Filter, Position, PostgresOptions, PostgresStore, ReadLog,
     Version,
 };
 use uuid::Uuid;
@@ -32,10 +33,11 @@ const STATEMENTS: [&str; 3] = [
 ];
 
 /// Tables that grow with the log. The others have a row for each projection or lease.
-const LARGE: [&str; 9] = [
+const LARGE: [&str; 10] = [
     "events",
     "streams",
     "correlations",
+    "tags",
     "commands",
     "snapshots",
     "parked",
@@ -46,7 +48,7 @@ const LARGE: [&str; 9] = [
 
 /// The worst possible statistics.
 const LIES: [(&str, &str); 7] = [
-    ("the tables are empty", "VACUUM (ANALYZE) storied.events, storied.streams, storied.correlations, storied.commands, storied.snapshots, storied.parked, storied.timers, storied.scheduled_commands, storied.schedules"),
+    ("the tables are empty", "VACUUM (ANALYZE) storied.events, storied.streams, storied.correlations, storied.tags, storied.commands, storied.snapshots, storied.parked, storied.timers, storied.scheduled_commands, storied.schedules"),
     ("nothing is known", "SELECT 1"),
     (
         "no rows on many pages",
@@ -67,7 +69,7 @@ const LIES: [(&str, &str); 7] = [
     ),
     (
         "every value is the same",
-        "ANALYZE storied.events, storied.streams, storied.correlations, storied.commands, storied.snapshots, storied.parked, storied.timers, storied.scheduled_commands, storied.schedules;
+        "ANALYZE storied.events, storied.streams, storied.correlations, storied.tags, storied.commands, storied.snapshots, storied.parked, storied.timers, storied.scheduled_commands, storied.schedules;
          UPDATE pg_statistic SET stadistinct = 1, stakind1 = 0, stakind2 = 0, stakind3 = 0, stakind4 = 0, stakind5 = 0
          WHERE starelid IN (SELECT oid FROM pg_class WHERE relnamespace = 'storied'::regnamespace)",
     ),
@@ -117,10 +119,8 @@ async fn use_everything(url: &str, store: &PostgresStore, way: Way, many_first: 
     append(store, &stream("n"), exact(2), nested(2)).await.unwrap();
     append(store, &stream("n"), ExpectedVersion::Any, nested(2)).await.unwrap();
     let part = |id, expected| StreamAppend { stream: stream(id), expected, events: events(2) };
-    let two = storied::store::Append::all(vec![
-        part("a", ExpectedVersion::StreamExists),
-        part("b", ExpectedVersion::NoStream),
-    ]);
+    let two =
+        Append::all(vec![part("a", ExpectedVersion::StreamExists), part("b", ExpectedVersion::NoStream)]);
     store.append(vec![two]).await.remove(0).unwrap();
     // An append without an answer is looked up.
     if way == Way::Own {
@@ -198,6 +198,7 @@ async fn use_everything(url: &str, store: &PostgresStore, way: Way, many_first: 
     let unpark = ProgressWrite::Unpark { key: key(), position: recorded.position };
     store.write_progress(vec![unpark]).await.unwrap();
 
+    use_tags(store).await;
     use_timers(store).await;
     use_schedules(store).await;
 
@@ -207,6 +208,46 @@ async fn use_everything(url: &str, store: &PostgresStore, way: Way, many_first: 
     let statements = statements();
     let sql = |name| AssertSqlSafe(statements[name].clone());
     sqlx::query(sql("records")).fetch_all(&mut connection).await.unwrap();
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum Ordered {
+    Placed,
+}
+
+impl Event for Ordered {
+    const CATEGORY: &'static str = "order";
+}
+
+/// Makes the store run each of its statements on tags.
+async fn use_tags(store: &PostgresStore) {
+    let tagged = |count| {
+        let mut tagged = events(count);
+        tagged.iter_mut().for_each(|event| event.tags = Tags::new().tag("a", 1).tag("b", 2).tag("c", 3));
+        tagged
+    };
+    // By each of the functions.
+    append(store, &stream("t"), ExpectedVersion::NoStream, tagged(1)).await.unwrap();
+    append(store, &stream("t"), exact(1), tagged(1)).await.unwrap();
+    append(store, &stream("t"), exact(2), tagged(2)).await.unwrap();
+    append(store, &stream("t"), ExpectedVersion::Any, tagged(100)).await.unwrap();
+    append(store, &stream("t"), exact(0), tagged(2)).await.unwrap_err();
+    let placed = || Query::variants::<Ordered>(["placed"]);
+    let nothing = Query::tagged("b", 2).tag("d", 4);
+    let query = Query::any([placed().tag("a", 1).tag("c", 3), Query::tagged("b", 2), nothing.clone()]);
+    let unless = |boundary| Append::one(stream("t"), ExpectedVersion::Any, tagged(2)).unless(boundary);
+    let (_, first) = store.read(query.clone()).await.unwrap();
+    for turn in 0..7 {
+        let (read, boundary) = store.read(query.clone()).await.unwrap();
+        assert_eq!(read.len(), 104 + 2 * turn);
+        store.append(vec![unless(boundary)]).await.remove(0).unwrap();
+    }
+    let crossed = store.append(vec![unless(first)]).await.remove(0).unwrap_err();
+    assert!(matches!(crossed, AppendError::Changed { .. }), "{crossed:?}");
+    let exists = store.append(vec![unless(placed().tag("b", 2).exists())]).await.remove(0).unwrap_err();
+    assert!(matches!(exists, AppendError::Exists { .. }), "{exists:?}");
+    assert!(store.read(nothing).await.unwrap().0.is_empty());
 }
 
 /// Makes the store run each of its statements on timers.
@@ -330,6 +371,7 @@ fn wrong(scan: &str) -> Option<&'static str> {
         "events_by_name" => "name",
         "events_by_command_id" => "command_id",
         "correlations_pkey" => "correlation_id",
+        "tags_pkey" => "tag",
         "streams_pkey" => "number",
         "streams_stream_id_category_key" => "stream_id",
         "commands_pkey" => "id",

@@ -3,8 +3,8 @@
 use sqlx::{AssertSqlSafe, Executor, PgConnection, PgPool, Row};
 use storied::projection::ReadModel;
 use storied::store::{
-    AppendError, CheckpointKey, ControlChange, DueTime, NewScheduledCommand, Request, ScheduleStore,
-    ScheduledEnd, ScheduledOutcome, ScheduledQuery, StoredSchedule, TimerRef,
+    Append, AppendError, CheckpointKey, ControlChange, DueTime, NewScheduledCommand, Query, QueryStore,
+    Request, ScheduleStore, ScheduledEnd, ScheduledOutcome, ScheduledQuery, StoredSchedule, TimerRef,
 };
 use storied::{
     EventStore, ExpectedVersion, Position, PostgresOptions, PostgresReadModel, PostgresStore, StoreError,
@@ -92,8 +92,9 @@ async fn nothing_else_is_granted() {
              positions SELECT, projections INSERT SELECT UPDATE, publisher INSERT SELECT UPDATE, \
              read_model_migrations SELECT, requests DELETE INSERT SELECT UPDATE, scheduled_commands DELETE INSERT SELECT UPDATE, \
              schedules DELETE INSERT SELECT UPDATE, snapshots INSERT SELECT UPDATE, \
-             streams SELECT, timers DELETE INSERT SELECT UPDATE; \
-             append, append_known, append_one, cancel_command, command_events, end_commands, high_water_mark, number_names, \
+             streams SELECT, tags SELECT, timers DELETE INSERT SELECT UPDATE; \
+             append, append_known, append_known_tagged, append_one, append_one_tagged, append_tagged, append_unless, \
+             cancel_command, command_events, end_commands, high_water_mark, matching, number_names, \
              remove_schedule, retry_command, schedule_commands, server, start_due_commands, stream_number, \
              write_schedule, write_timers",
         ),
@@ -101,8 +102,8 @@ async fn nothing_else_is_granted() {
             "shop_reader",
             "checkpoints SELECT, commands SELECT, controls SELECT, correlations SELECT, events SELECT, leases SELECT, meta SELECT, \
              migrations SELECT, names SELECT, parked SELECT, positions SELECT, projections SELECT, publisher SELECT, \
-             read_model_migrations SELECT, requests SELECT, scheduled_commands SELECT, schedules SELECT, snapshots SELECT, streams SELECT, timers SELECT; \
-             high_water_mark, server, stream_number",
+             read_model_migrations SELECT, requests SELECT, scheduled_commands SELECT, schedules SELECT, snapshots SELECT, streams SELECT, tags SELECT, timers SELECT; \
+             high_water_mark, matching, server, stream_number",
         ),
         (
             "shop_view",
@@ -224,6 +225,52 @@ fn call<const N: usize>(function: &str, arguments: [(&str, &str); N], changes: &
     format!("storied.{function}({})", arguments.map(value).join(", "))
 }
 
+/// Returns calls with tags that do not fit to the events, or with a condition that is not complete.
+fn forged_tags() -> Vec<String> {
+    let known = |event: &str, text: &str| {
+        let last = format!("ARRAY['', '']::bytea[], NULL, {event}, {text}");
+        forged_known(&[("metadata", &last)]).replace("append_known(", "append_known_tagged(")
+    };
+    let many = |event: &str, text: &str| {
+        let last = format!("ARRAY['', '']::bytea[], false, NULL, {event}, {text}");
+        forged(&[("metadata", &last)]).replace("append(", "append_tagged(")
+    };
+    let one = |text: &str| {
+        forged_one(&[("tell", &format!("true, NULL, {text}"))]).replace("append_one(", "append_one_tagged(")
+    };
+    let unless = |item: &str, mark: &str, seen: &str| {
+        let none = "'{}'::integer[], '{}'::text[]";
+        many("'{}'::integer[]", "'{}'::text[]")
+            .replace("append_tagged(", "append_unless(")
+            .replace(") AS a", &format!(", {item}, {none}, {none}, {mark}, {seen}, false) AS a"))
+    };
+    let too_many = "ARRAY(SELECT 'a:' || n FROM generate_series(1, 65) AS n)";
+    let mut calls = vec![
+        one("ARRAY['a:1', 'a:1']"),
+        one("ARRAY['a:1', NULL]"),
+        one(too_many),
+        known("array_fill(1, ARRAY[65])", too_many),
+        many("array_fill(1, ARRAY[65])", too_many),
+        unless("NULL", "0", "'{}'::bigint[]"),
+        unless("ARRAY['a:1']", "NULL", "'{}'::bigint[]"),
+        unless("ARRAY['a:1']", "0", "NULL"),
+    ];
+    for (event, text) in [
+        ("ARRAY[3]", "ARRAY['a:1']"),
+        ("ARRAY[0]", "ARRAY['a:1']"),
+        ("ARRAY[1, NULL]", "ARRAY['a:1', 'a:2']"),
+        ("ARRAY[1]", "ARRAY['a:1', 'a:2']"),
+        ("ARRAY[1, 2]", "ARRAY['a:1']"),
+        ("NULL", "ARRAY['a:1']"),
+        ("ARRAY[1]", "NULL"),
+        ("ARRAY[1]", "ARRAY[NULL]::text[]"),
+        ("ARRAY[1, 1]", "ARRAY['a:1', 'a:1']"),
+    ] {
+        calls.extend([known(event, text), many(event, text)]);
+    }
+    calls
+}
+
 /// Whatever a program's login tries, the log keeps the appended events, every reader can read it,
 /// and every node can start.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -260,6 +307,14 @@ async fn a_login_with_the_documented_rights_can_append_and_nothing_else() {
         "UPDATE storied.events SET name = 1",
         "INSERT INTO storied.correlations VALUES (gen_random_uuid(), 1)",
         "DELETE FROM storied.correlations",
+        "INSERT INTO storied.tags VALUES ('a:1', 1, 1)",
+        "UPDATE storied.tags SET tag = 'a:1'",
+        "DELETE FROM storied.tags",
+        "TRUNCATE storied.tags",
+        "LOCK TABLE storied.tags IN EXCLUSIVE MODE",
+        "SELECT storied.tag_key('a:1')",
+        "SELECT storied.lock_tags(ARRAY['a:1'])",
+        "SELECT storied.add_tags(ARRAY[1], ARRAY['a:1'], ARRAY[1::bigint], ARRAY[1], NULL)",
         "INSERT INTO storied.names VALUES (1, 'x')",
         "UPDATE storied.names SET name = 'x'",
         "DELETE FROM storied.names",
@@ -452,6 +507,7 @@ async fn a_login_with_the_documented_rights_can_append_and_nothing_else() {
         forged(&[("name", "ARRAY[n.numbers[3], NULL]")]),
         forged(&[("name", "ARRAY[n.numbers[3], 1]")]),
     ];
+    calls.extend(forged_tags());
     for name in [
         "",
         ".",
@@ -519,6 +575,8 @@ async fn a_login_with_the_documented_rights_can_append_and_nothing_else() {
         assert_eq!(whole_log(&store).await.len(), before.len(), "{sql}");
     }
     assert_eq!(format!("{:?}", whole_log(&store).await), format!("{before:?}"));
+    let tags: i64 = attacker.fetch_one("SELECT count(*) FROM storied.tags").await.unwrap().get(0);
+    assert_eq!(tags, 0);
 
     // A program is trusted with what it has seen. If it lies, it spoils a stream that it could fill
     // with garbage as well; no other stream, and no reader of the log.
@@ -572,7 +630,11 @@ async fn readers_and_read_models_have_less() {
     assert!(reader.schedule("s").await.unwrap().is_none());
     assert!(reader.schedules(None, 10).await.unwrap().is_empty());
     assert!(reader.due_schedules(10).await.unwrap().schedules.is_empty());
+    assert!(reader.read(Query::tagged("a", 1)).await.unwrap().0.is_empty());
     reader.stall().await.unwrap();
+    let unless = Append::one(stream("a"), exact(3), events(1)).unless(Query::tagged("a", 1).exists());
+    let error = reader.append(vec![unless]).await.remove(0).unwrap_err();
+    assert!(matches!(error, AppendError::Store(StoreError::Storage { .. })), "{error:?}");
     let error = append(&reader, &stream("a"), exact(3), events(1)).await.unwrap_err();
     assert!(matches!(error, AppendError::Store(StoreError::Storage { .. })), "{error:?}");
     assert!(error.to_string().contains("docs/postgres-grants.sql"), "{error}");

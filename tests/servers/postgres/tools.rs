@@ -4,6 +4,7 @@ use std::collections::HashMap;
 
 use bytes::Bytes;
 use sqlx::{AssertSqlSafe, Connection, Executor, PgConnection};
+use storied::event::Tags;
 use storied::store::{Append, AppendError, Appended};
 use storied::{
     EventName, EventStore, ExpectedVersion, NewEvent, Position, ReadLog, RecordedEvent, StreamId, Version,
@@ -25,6 +26,7 @@ pub fn event() -> NewEvent {
         command_id: Uuid::now_v7(),
         correlation_id: None,
         metadata: Bytes::from_static(&[0xa0]),
+        tags: Tags::new(),
     }
 }
 

@@ -17,9 +17,9 @@ use storied::projection::{ApplyError, InMemory, ProjectionState, ReadModel, Snap
 use storied::store::{
     Append, AppendError, Appended, BoxFuture, Checkpoint, CheckpointError, CheckpointKey, ControlChange,
     DueCommands, DueSchedules, ExpectedVersion, Lease, LeaseInfo, LogPage, NewScheduledCommand, ParkedEvent,
-    ProgressWrite, ProjectionControl, PublisherCheckpoint, Request, ScheduleStore, ScheduledCommand,
-    ScheduledEnd, ScheduledQuery, Snapshot, StoreInfo, StoredProgress, StoredProjection, StoredRequest,
-    StoredSchedule,
+    ProgressWrite, ProjectionControl, PublisherCheckpoint, Query, QueryStore, Request, ScheduleStore,
+    ScheduledCommand, ScheduledEnd, ScheduledQuery, Snapshot, StoreInfo, StoredProgress, StoredProjection,
+    StoredRequest, StoredSchedule,
 };
 use storied::testing::{Node, Sealed};
 use storied::{
@@ -1037,6 +1037,21 @@ impl EventStore for Link {
         limit: usize,
     ) -> BoxFuture<'a, Result<Vec<storied::store::StoredTimer>, StoreError>> {
         through!(self, self.inner.timers(process, after, limit))
+    }
+}
+
+impl QueryStore for Link {
+    fn mark_before_read(&self) -> BoxFuture<'_, Result<Position, StoreError>> {
+        through!(self, self.inner.mark_before_read())
+    }
+
+    fn matching<'a>(
+        &'a self,
+        query: &'a Query,
+        after: Position,
+        limit: usize,
+    ) -> BoxFuture<'a, Result<Vec<RecordedEvent>, StoreError>> {
+        through!(self, self.inner.matching(query, after, limit))
     }
 }
 

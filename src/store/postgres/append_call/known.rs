@@ -1,11 +1,14 @@
 //! A call for streams whose last events this process has seen.
 
+use sqlx::Row;
+
 use super::super::connection::Session;
 use super::super::convert::{from_sql, to_sql};
 use super::super::inner::PgInner;
 use super::super::numbers::SeenEvent;
 use super::reply::Reply;
 use super::seen::{correlations, distinct, seen_before};
+use super::tags::EventTags;
 use crate::event::{Position, Version};
 use crate::store::{Append, Appended};
 
@@ -56,7 +59,9 @@ pub(super) async fn execute_known(
     let parts =
         || known.order.iter().flat_map(|&index| appends.get(index)).flat_map(|append| &append.streams);
     let events = || parts().flat_map(|part| &part.events);
-    let positions: Option<Vec<i64>> = sqlx::query_scalar(core.sql.append_known.clone())
+    let tags = EventTags::of(events());
+    let sql = if tags.is_empty() { &core.sql.append_known } else { &core.sql.append_known_tagged };
+    let query = sqlx::query(sql.clone())
         .bind(known.server)
         .bind(to_sql(known.position.get()))
         .bind(distinct(&known.categories, &known.names))
@@ -68,10 +73,10 @@ pub(super) async fn execute_known(
         .bind(events().map(|event| event.command_id).collect::<Vec<_>>())
         .bind(events().map(|event| &*event.payload).collect::<Vec<&[u8]>>())
         .bind(events().map(|event| &*event.metadata).collect::<Vec<&[u8]>>())
-        .bind(correlations(events()))
-        .persistent(core.connections.persistent())
-        .fetch_one(&mut **session)
-        .await?;
+        .bind(correlations(events()));
+    let query = if tags.is_empty() { query } else { tags.bind(query) };
+    let row = query.persistent(core.connections.persistent()).fetch_one(&mut **session).await?;
+    let positions: Option<Vec<i64>> = row.try_get(0)?;
     let Some(positions) = positions else { return Ok(None) };
     let mut rows = known.streams.iter().zip(&known.expected).zip(positions);
     let (mut outcomes, mut seen) = (vec![None; appends.len()], Vec::with_capacity(appends.len()));

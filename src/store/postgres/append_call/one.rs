@@ -1,6 +1,7 @@
 //! A call of a single event: the first one of its stream, or after one that this process has seen.
 
 use chrono::DateTime;
+use sqlx::Row;
 
 use super::super::connection::Session;
 use super::super::convert::{from_sql, to_sql};
@@ -8,6 +9,7 @@ use super::super::inner::PgInner;
 use super::super::numbers::SeenEvent;
 use super::reply::Reply;
 use super::seen::exact;
+use super::tags::EventTags;
 use crate::event::{NewEvent, Position, RecordedEvent, Version};
 use crate::store::{Append, Appended, StreamAppend};
 
@@ -37,7 +39,9 @@ pub(super) async fn execute_one(
     if exact(part) != Some(to_sql(before.get())) {
         return Ok(None);
     }
-    let answer: Result<Option<Vec<i64>>, _> = sqlx::query_scalar(core.sql.append_one.clone())
+    let tags = EventTags::of(std::iter::once(event));
+    let sql = if tags.is_empty() { &core.sql.append_one } else { &core.sql.append_one_tagged };
+    let query = sqlx::query(sql.clone())
         .bind(server)
         .bind(last.map(|last| to_sql(last.position.get())))
         .bind(last.map(|last| last.stream))
@@ -50,17 +54,17 @@ pub(super) async fn execute_one(
         .bind(&*event.payload)
         .bind(&*event.metadata)
         .bind(core.high_water_mark.can_skip_query())
-        .bind(event.own_correlation())
-        .persistent(core.connections.persistent())
-        .fetch_one(&mut **session)
-        .await;
-    let answer = match answer {
+        .bind(event.own_correlation());
+    let query = if tags.is_empty() { query } else { query.bind(tags.texts()) };
+    let answer = query.persistent(core.connections.persistent()).fetch_one(&mut **session).await;
+    let row = match answer {
         // The version is taken: `append()` finds out by whom. A taken position is an error.
         Err(sqlx::Error::Database(error)) if error.constraint() == Some("storied_events_version") => {
             return Ok(None);
         }
         answer => answer?,
     };
+    let answer: Option<Vec<i64>> = row.try_get(0)?;
     let Some(&[stream, position, ref rest @ ..]) = answer.as_deref() else { return Ok(None) };
     let (version, position) = (before.plus(1), Position::new(from_sql(position)));
     let settled = settled(core, part, event, version, position, rest);

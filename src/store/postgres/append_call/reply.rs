@@ -10,7 +10,8 @@ use crate::store::{Append, AppendError, Appended, Conflict};
 
 /// The outcome of an append.
 ///
-/// `None` if another writer was faster, but the expected versions may still hold.
+/// `None` if another writer was faster, but the expected versions may still hold, or if another
+/// transaction uses tags of a condition. Nothing was written then.
 pub(in crate::store::postgres) type Outcome = Option<Result<Appended, AppendError>>;
 
 /// The outcomes of a call, and the transaction's id.

@@ -3,6 +3,7 @@
 use std::fmt::Write;
 use std::sync::LazyLock;
 
+use serde_json::Value;
 use sqlx::sqlite::{SqliteArguments, SqliteConnection, SqliteQueryResult};
 use sqlx::{Arguments, AssertSqlSafe, SqlSafeStr, SqlStr};
 
@@ -43,6 +44,14 @@ static STATEMENTS: LazyLock<[Statements; SIZES.len()]> = LazyLock::new(|| {
 const CREATE_STREAMS: &str = "
     INSERT INTO storied_streams (number, category, stream_id)
     SELECT value ->> 0, value ->> 1, value ->> 2 FROM json_each(?);\n";
+
+/// Inserts the tags of the events that the next statement inserts, from the end of the log on.
+///
+/// It precedes that statement, whose spare parameters would take any argument that follows its own.
+const INSERT_TAGS: &str = "
+    INSERT INTO storied_tags (tag, position, name)
+    SELECT value ->> 0, (SELECT coalesce(max(position), 0) FROM storied_events) + (value ->> 1), value ->> 2
+    FROM json_each(?);\n";
 
 /// An event with its numbers.
 #[derive(Debug)]
@@ -97,8 +106,9 @@ pub(super) async fn insert_and_commit(
         let (chunk, after) = rest.split_at(rest.len().min(statements.size));
         let (is_first, is_last) = (rest.len() == rows.len(), after.is_empty());
         let created = if is_first { created } else { &[] };
+        let tags = json_tags(chunk);
         let mut arguments = SqliteArguments::default();
-        arguments.reserve(chunk.len() * COLUMNS + 3, 0);
+        arguments.reserve(chunk.len() * COLUMNS + 4, 0);
         let mut before = 0;
         let mut sql = String::new();
         if !begun {
@@ -112,11 +122,15 @@ pub(super) async fn insert_and_commit(
             (before, sql) = (before + 1, sql + CREATE_STREAMS);
             add(&mut arguments, json(created))?;
         }
+        if let Some(tags) = &tags {
+            (before, sql) = (before + 1, sql + INSERT_TAGS);
+            add(&mut arguments, &**tags)?;
+        }
         for row in chunk {
             add_row(&mut arguments, row, recorded_at)?;
         }
         let sql = match before {
-            2 if !begun && created.is_empty() && is_last => statements.transaction.clone(),
+            2 if !begun && created.is_empty() && tags.is_none() && is_last => statements.transaction.clone(),
             _ => {
                 let commit = if is_last { "COMMIT" } else { "" };
                 AssertSqlSafe(format!("{sql}{}{commit}", statements.insert)).into_sql_str()
@@ -161,13 +175,26 @@ fn check(inserted: &SqliteQueryResult, rows: usize) -> Result<Position, String> 
 fn json(created: &[NewStream<'_>]) -> String {
     let mut json = String::from("[");
     for new in created {
-        let id = serde_json::Value::from(new.stream.id());
+        let id = Value::from(new.stream.id());
         let comma = if json.len() > 1 { "," } else { "" };
         // Writing to a string cannot fail.
         let _ = write!(json, "{comma}[{},{},{id}]", new.number, new.category);
     }
     json.push(']');
     json
+}
+
+/// Encodes the tags of rows as `[[tag, row, name], …]`, with rows counted from 1.
+///
+/// Returns `None` if the rows have no tags.
+fn json_tags(rows: &[EventRow<'_>]) -> Option<String> {
+    if rows.iter().all(|row| row.event.tags.is_empty()) {
+        return None;
+    }
+    let tags = rows.iter().zip(1_u64..).flat_map(|(row, n)| {
+        row.event.tags.iter().map(move |tag| vec![Value::from(tag.as_str()), n.into(), row.name.into()])
+    });
+    Some(Value::from_iter(tags).to_string())
 }
 
 /// Adds the arguments of a row in the order of the columns.

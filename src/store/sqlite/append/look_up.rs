@@ -118,7 +118,7 @@ pub(super) async fn names<'b>(
 }
 
 /// Returns the statements that begin a transaction, with their arguments.
-fn begin(facts: &Facts<'_>) -> Result<(String, SqliteArguments), StoreError> {
+pub(super) fn begin(facts: &Facts<'_>) -> Result<(String, SqliteArguments), StoreError> {
     let (mut sql, mut arguments) = (BEGIN.to_owned(), SqliteArguments::default());
     if let Some(anchor) = facts.anchor {
         sql += EXPECT_ANCHOR;
