@@ -16,10 +16,12 @@
 mod actor;
 mod context;
 mod decision;
+mod encoding;
 mod error;
 mod fold;
 mod options;
 mod receipt;
+mod repeated;
 mod router;
 
 use serde::Serialize;
@@ -28,11 +30,13 @@ use serde::de::DeserializeOwned;
 pub(crate) use self::actor::{CommandRequest, Shared};
 pub use self::context::Context;
 pub use self::decision::Decision;
+pub(crate) use self::encoding::{DecidedCommand, EncodedDecision};
 pub(crate) use self::error::node_runs;
 pub use self::error::{ExecuteError, NeverRejects, NoReplyKind, NotExecutedKind};
 pub use self::options::AggregateOptions;
 pub(crate) use self::options::MOST_IN_FLIGHT;
 pub use self::receipt::Receipt;
+pub(crate) use self::repeated::repeat;
 pub use self::router::RouterStatus;
 pub(crate) use self::router::{RouterActor, RouterMessage};
 use crate::event::Event;

@@ -4,6 +4,9 @@
 //! goes directly to the actor. Over a [`CommandBus`] that reaches other nodes it goes to the node
 //! that owns it. Its id, deadline, receipt and errors are the same in both cases.
 //!
+//! A [decision over several streams](crate::decide) has the same ids, deadlines, receipts and
+//! errors. It has no owner, and runs on the node of its caller.
+//!
 //! [`Execute::after`], [`Execute::at`] and [`Execute::repeat`] store a command for later:
 //! [`schedule`](crate::schedule).
 //!
@@ -14,8 +17,10 @@
 //!                          └── silence: same command, same id, to the next node
 //! ```
 
+mod admission;
 mod aggregate_target;
 mod bus;
+mod decisions;
 mod dispatched;
 mod dispatcher;
 #[cfg_attr(not(feature = "nats"), allow(dead_code, reason = "parts serve other nodes"))]
@@ -26,6 +31,7 @@ mod erased;
 mod execute;
 mod execute_and_wait;
 mod execute_command;
+mod execute_decision;
 mod handler;
 mod hooks;
 mod local_aggregates;
@@ -50,6 +56,7 @@ pub(crate) use self::erased::{ATTEMPT_LIFETIME, ErasedAnswer, ErasedCommand};
 pub use self::execute::Execute;
 pub use self::execute_and_wait::{Applied, ExecuteAndWait, ProjectionLag};
 pub use self::execute_command::{Command, ExecuteCommand};
+pub use self::execute_decision::ExecuteDecision;
 pub(crate) use self::handler::HandlerShared;
 pub use self::handler::{
     HandleError, Handled, Handler, HandlerContext, HandlerOptions, HandlerStatus, StepError,

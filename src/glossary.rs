@@ -16,6 +16,18 @@
 //!   [`StreamId`](crate::StreamId), which is a category and an id.
 //! - **version**: The number of an event in its stream: 1, 2, 3 … without gaps. In code:
 //!   [`Version`](crate::Version).
+//! - **tag**: A key and a value of an event, such as `course:c1`, by which a query finds it. In
+//!   code: [`Event::tags`](crate::Event::tags).
+//! - **query**: A condition on names and tags of events, in any streams. In code:
+//!   [`Query`](crate::store::Query).
+//! - **decision**: The new events and the reply to a command. In code:
+//!   [`Decision`](crate::Decision). A *decision over several streams* is a command that is decided
+//!   on the events of a query: [`Decide`](crate::Decide).
+//! - **view**: The state of a decision over several streams, folded from the events of a query. In
+//!   code: [`View`](crate::View). A view of a database, such as `storied.log`, is something else.
+//! - **boundary**: A query with the events that a decision has read. The store refuses the append
+//!   if another event matches: the event crosses the boundary. In code:
+//!   [`Boundary`](crate::store::Boundary).
 //! - **in flight**: Accepted and not yet answered, confirmed or acknowledged.
 //! - **queue**: Work that is accepted and has not started.
 //! - **backpressure**: The reaction of a full queue. The producer waits, or receives an overload

@@ -30,6 +30,7 @@
 //! - [`bus`]: the port that carries the log to other processes, with [`NatsBus`]; the [`publisher`]
 //!   publishes the log to it;
 //! - [`aggregate`]: decides and folds, pipelined ahead of the disk;
+//! - [`decide`]: decisions over the events that match a query, in any streams;
 //! - [`command`]: routes a command to the actor of its aggregate, on this node or on another one,
 //!   and runs handlers for commands that belong to no aggregate;
 //! - [`projection`]: catch-up, live events, and a checkpoint that commits together with the read
@@ -39,8 +40,8 @@
 //! - [`runtime`]: assembles and supervises these components, and shuts them down in order;
 //! - `telemetry`: their spans and metrics;
 //! - [`testing`](https://docs.rs/storied) (feature `testing`):
-//!   `given(events).when(command).then(events)`, `given_process`, and the conformance suite of
-//!   stores.
+//!   `given(events).when(command).then(events)`, `given_events`, `given_process`, and the
+//!   conformance suite of stores.
 //!
 //! The [`glossary`] defines the terms.
 //!
@@ -68,6 +69,7 @@ pub mod bus;
 pub mod codec;
 pub mod command;
 mod command_id;
+pub mod decide;
 pub mod event;
 pub mod feed;
 mod future;
@@ -109,6 +111,7 @@ pub use self::bus::EventBus;
 pub use self::bus::{NatsBus, NatsOptions};
 pub use self::codec::{Codec, Upcasters};
 pub use self::command::{Command, CommandBus, Handler};
+pub use self::decide::{Decide, DecisionOf, View};
 pub use self::event::{
     AnyEvent, DecodeError, EncodeError, Event, EventDecoder, EventName, EventSet, Metadata, NewEvent,
     Position, RecordedEvent, StreamId, Version,

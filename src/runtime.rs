@@ -21,7 +21,10 @@ use self::inner::Inner;
 pub use self::shutdown::ShutdownError;
 pub use self::status::RuntimeStatus;
 use crate::aggregate::Aggregate;
-use crate::command::{Command, Envelope, Execute, ExecuteCommand, Handler, ToAggregate, ToHandler};
+use crate::command::{
+    Command, Envelope, Execute, ExecuteCommand, ExecuteDecision, Handler, ToAggregate, ToHandler,
+};
+use crate::decide::Decide;
 use crate::process::{InstanceHandle, Process};
 use crate::projection::ProjectionHandle;
 use crate::store::EventStore;
@@ -58,6 +61,18 @@ impl Runtime {
     /// command, the error is [`NoReply`](crate::ExecuteError::NoReply).
     pub fn execute_command<C: Command>(&self, id: impl fmt::Display, command: C) -> ExecuteCommand<C> {
         ExecuteCommand::new(self.execute::<C::Aggregate>(id, command))
+    }
+
+    /// Decides a command over the events that match a query, on this node: see [`Decide`].
+    ///
+    /// Await the result for the [`Receipt`](crate::Receipt), or set options first, see
+    /// [`ExecuteDecision`]. No registration is needed.
+    ///
+    /// # Errors
+    /// When awaited: the rejection of the decision, or another cause that kept the command from
+    /// taking effect, see [`ExecuteError`](crate::ExecuteError).
+    pub fn decide<D: Decide>(&self, decision: D) -> ExecuteDecision<D> {
+        ExecuteDecision::new(self.inner.commands.clone(), decision)
     }
 
     /// Executes a command on the handler `H`, on any node that runs it.

@@ -2,6 +2,7 @@
 //!
 //! - [`given`]: tests decisions of an aggregate without a runtime:
 //!   `given(events).when(command).then(events)`;
+//! - [`given_events`]: tests decisions over several streams without a runtime;
 //! - [`given_process`]: tests the reactions of a process without a runtime;
 //! - [`roundtrip`]: tests that your events can be stored and read, in both codecs;
 //! - [`MemoryStore::advance_clock`](crate::MemoryStore::advance_clock): makes timers, scheduled
@@ -24,11 +25,13 @@
 )]
 
 mod given;
+mod given_events;
 mod node;
 mod roundtrip;
 pub mod store;
 
 pub use self::given::{Given, Then, When, given};
+pub use self::given_events::{GivenEvents, ThenDecided, WhenDecided, given_events};
 pub use self::node::Node;
 pub use self::roundtrip::roundtrip;
 pub use crate::process::trial::{ProcessTrial, given_process};

@@ -12,19 +12,19 @@ use std::sync::Arc;
 
 use ractor::{Actor, ActorProcessingErr, ActorRef};
 use tokio::time::Instant;
-use uuid::Uuid;
 
 pub(crate) use self::message::CommandRequest;
 pub(super) use self::message::{AggregateMessage, InFlightGuard};
 use self::message::{CommandResult, answer};
 use self::pending::{Pending, PendingOutcome};
-use self::receipts::{NO_REPLY, conclude, receipt, repeat};
+use self::receipts::{conclude, receipt};
 pub(crate) use self::shared::Shared;
 use self::snapshots::{stage_snapshot, take_snapshot};
+use super::encoding::{DecidedCommand, EncodedDecision};
 use super::fold::{FoldError, HydratedState, RecentCommands, Recollection};
+use super::repeated::repeat;
 use super::{Aggregate, Context, ExecuteError, NotExecutedKind};
-use crate::codec::{from_cbor, to_cbor};
-use crate::event::{EncodeError, Event, Metadata, NewEvent, StreamId, Version};
+use crate::event::{Event, NewEvent, StreamId, Version};
 use crate::panic::panic_text;
 use crate::store::{AppendError, AppendResult, CommandEvents, PendingAppend, SpeculationChain};
 
@@ -227,7 +227,8 @@ impl<A: Aggregate> AggregateActor<A> {
                 }
             }
         };
-        Some(Box::pin(repeat(&*self.shared.store, &self.stream, order, events)).await)
+        let (store, id, content) = (&*self.shared.store, order.command_id, order.content);
+        Some(Box::pin(repeat(store, &self.stream, id, content, events)).await)
     }
 
     /// Decides the command and folds the events of the decision into the speculative state.
@@ -311,57 +312,12 @@ impl<A: Aggregate> AggregateActor<A> {
             Ok(decision) => decision,
             Err(rejection) => return without_events(Err(ExecuteError::Rejected(rejection))),
         };
-        let (encoded, read, reply) = self.encode(order, &decision.events, decision.reply)?;
-        let last = version.plus(encoded.len() as u64);
-        Ok((PendingOutcome::Events { first: version.next(), last, reply }, encoded, read))
-    }
-
-    /// Encodes the events and the reply of a decision.
-    ///
-    /// Returns the events for the store, and the events in the form that a reader will decode. The
-    /// reply has the form that a repeated command will get.
-    #[allow(clippy::type_complexity, reason = "three parts with three destinations")]
-    fn encode(
-        &self,
-        order: &CommandRequest<A>,
-        events: &[A::Event],
-        reply: A::Reply,
-    ) -> Result<(Vec<NewEvent>, Vec<A::Event>, A::Reply), EncodeError> {
-        let codec = self.shared.store.info().codec;
-        let metadata = order.metadata.encode()?;
-        let (mut encoded, mut read) = (Vec::with_capacity(events.len()), Vec::with_capacity(events.len()));
-        for event in events {
-            let tags = event.tags();
-            tags.check()?;
-            let (name, payload, event) = self.shared.types.encode(event, codec)?;
-            read.push(event);
-            encoded.push(NewEvent {
-                id: Uuid::now_v7(),
-                name,
-                payload,
-                command_id: order.command_id,
-                correlation_id: order.metadata.correlation_id,
-                metadata: metadata.clone(),
-                tags,
-            });
-        }
-        let stored = to_cbor(&reply)?;
-        let (stored, reply) = if stored == NO_REPLY {
-            (Vec::new(), reply)
-        } else {
-            let decoded = from_cbor(&stored).map_err(|reason| EncodeError::NotReadable {
-                what: format!("the reply {}", std::any::type_name::<A::Reply>()),
-                field: "its content".into(),
-                reason,
-                remedy: "change the reply type so that serde can read the form that it writes",
-            })?;
-            (stored, decoded)
-        };
-        if let Some(last) = encoded.last_mut() {
-            let content = Some(order.content);
-            last.metadata = Metadata { reply: stored, content, ..order.metadata.clone() }.encode()?;
-        }
-        Ok((encoded, read, reply))
+        let (types, codec) = (&self.shared.types, self.shared.store.info().codec);
+        let (id, content, metadata) = (order.command_id, order.content, &order.metadata);
+        let command = DecidedCommand { id, content, metadata };
+        let EncodedDecision { events, read, reply } = EncodedDecision::new(types, codec, &command, decision)?;
+        let last = version.plus(events.len() as u64);
+        Ok((PendingOutcome::Events { first: version.next(), last, reply }, events, read))
     }
 
     /// Handles the writer's answer to the oldest append.

@@ -30,17 +30,19 @@ impl<'a> Context<'a> {
         Self { stream, version, command_id, metadata, now, ids: Cell::new(0) }
     }
 
-    /// Returns the id of the aggregate.
+    /// Returns the id of the aggregate, or of the stream that gets the decision's events.
     pub fn id(&self) -> &str {
         self.stream.id()
     }
 
-    /// Returns the stream of the aggregate.
+    /// Returns the stream of the aggregate, or the one that gets the decision's events.
     pub fn stream(&self) -> &StreamId {
         self.stream
     }
 
     /// Returns the version that the decision is based on, or [`Version::NONE`] without events.
+    ///
+    /// Always [`Version::NONE`] in a [decision over several streams](crate::Decide).
     pub fn version(&self) -> Version {
         self.version
     }
@@ -60,7 +62,7 @@ impl<'a> Context<'a> {
         self.now
     }
 
-    /// Generates an id from the command id and the aggregate.
+    /// Generates an id from the command id and the stream.
     ///
     /// Every attempt at the command gets the same sequence of ids. Another aggregate that gets the
     /// same command id gets another sequence.

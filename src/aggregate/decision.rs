@@ -1,4 +1,4 @@
-/// A decision of an aggregate: the new events and the reply.
+/// A decision on a command: the new events and the reply.
 ///
 /// An event converts into the decision with this event and no reply.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -23,11 +23,11 @@ pub enum NeverRejects {}
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub enum ExecuteError<E> {
-    /// The aggregate or handler rejected the command.
+    /// The aggregate, decision or handler rejected the command.
     ///
-    /// A rejection by an aggregate changes nothing. A retry is decided on the state of that time. A
-    /// rejection by a handler is recorded: the same id is rejected again. Commands that the handler
-    /// had executed before may have taken effect.
+    /// A rejection by an aggregate or a decision changes nothing. A retry is decided on the state
+    /// of that time. A rejection by a handler is recorded: the same id is rejected again. Commands
+    /// that the handler had executed before may have taken effect.
     Rejected(E),
     /// This attempt had no effect.
     ///
@@ -76,9 +76,12 @@ pub enum NotExecutedKind {
         /// Version of the aggregate.
         actual: Version,
     },
-    /// Other writers changed the stream before each attempt of this command. Retryable.
+    /// Other writers appended first, at each attempt of this command. Retryable.
+    ///
+    /// They changed the stream of the aggregate, or appended events that match the queries of the
+    /// decision.
     RetriesExhausted {
-        /// Stream of the aggregate.
+        /// Stream of the aggregate, or of the decision's events.
         stream: StreamId,
         /// Number of decisions on the command.
         attempts: u32,
@@ -92,16 +95,16 @@ pub enum NotExecutedKind {
     },
     /// User code panicked before anything was stored.
     Panicked {
-        /// Stream of the aggregate.
+        /// Stream of the aggregate, or of the decision's events.
         stream: StreamId,
         /// Message of the panic.
         message: String,
     },
-    /// A stored event does not decode, so the aggregate cannot be folded.
+    /// A stored event does not decode, so the aggregate or the view cannot be folded.
     Decode(DecodeError),
-    /// An event or reply of the aggregate cannot be stored.
+    /// An event or a reply cannot be stored.
     Encode(EncodeError),
-    /// The id is invalid in a stream name.
+    /// The id is invalid in a stream name, or the name of the decision is invalid.
     InvalidId {
         /// Cause.
         reason: String,
@@ -236,7 +239,9 @@ impl fmt::Display for NotExecutedKind {
             Self::Overloaded { what, limit } => {
                 write!(f, "overloaded: too many {what} (limit {limit}); retry later")
             }
-            Self::Panicked { stream, message } => write!(f, "aggregate {stream} panicked: {message}"),
+            Self::Panicked { stream, message } => {
+                write!(f, "the code that decides on {stream} panicked: {message}")
+            }
             Self::Decode(error) => error.fmt(f),
             Self::Encode(error) => error.fmt(f),
             Self::InvalidId { reason } => f.write_str(reason),

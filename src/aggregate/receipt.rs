@@ -14,18 +14,20 @@ use crate::store::CommandEvents;
 pub struct Receipt<R = ()> {
     /// Id of the command.
     pub command_id: Uuid,
-    /// Stream of the aggregate.
+    /// Stream of the aggregate, or of the decision's events.
     pub stream: StreamId,
-    /// Version of the aggregate after the command.
+    /// Version of the stream after the command.
+    ///
+    /// A [decision over several streams](crate::Decide) without events has [`Version::NONE`].
     pub version: Version,
     /// Position of the command's last event. A projection at this position has applied the command.
     ///
     /// If the command caused no events, this is the position of the last event that the aggregate
-    /// had folded.
+    /// or the decision had folded.
     pub position: Position,
     /// Number of events of the command: versions `version - events + 1` to `version` of the stream.
     pub events: u64,
-    /// Reply of the aggregate.
+    /// Reply of the aggregate or decision.
     pub reply: R,
     /// Whether the command was durable before this call. The receipt is then its first receipt.
     pub duplicate: bool,

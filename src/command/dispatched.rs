@@ -93,7 +93,7 @@ impl<T, E> Dispatched<T, E> {
         self
     }
 
-    /// Creates the handle of a command that an actor of this process executes.
+    /// Creates the handle of a command that an actor or a task of this process executes.
     pub(super) fn here<S: Send>(
         id: Uuid,
         deadline: Instant,
@@ -108,7 +108,7 @@ impl<T, E> Dispatched<T, E> {
             let unknown = |reason| Err(ExecuteError::OutcomeUnknown { command_id: id, reason });
             let result = match tokio::time::timeout_at(deadline, answer).await {
                 Ok(Ok(answer)) => answer,
-                Ok(Err(_dropped)) => unknown("the actor stopped before it answered".into()),
+                Ok(Err(_dropped)) => unknown("its actor or task stopped before it answered".into()),
                 Err(_elapsed) => Err(ExecuteError::timed_out(id, deadline - started)),
             };
             (result, started.elapsed())

@@ -14,6 +14,7 @@ use super::NotExecutedKind;
 #[cfg(feature = "nats")]
 use super::bus::CommandBus;
 use super::bus::CommandBusStatus;
+use super::decisions::Decisions;
 use super::envelope::{Deadline, Envelope};
 use super::hooks::{CommandHooks, CommandInfo};
 #[cfg(feature = "nats")]
@@ -44,6 +45,8 @@ pub(crate) struct Dispatcher {
     pub(crate) scheduled: Notify,
     /// Projections of this node, for callers that wait for them.
     pub(super) projections: Vec<ProjectionHandle>,
+    /// Decisions in flight on this node.
+    pub(super) decisions: Decisions,
     /// Set at the start of a shutdown. Only handlers in flight may then send commands.
     closing: AtomicBool,
     /// Task that ends with the tokio runtime in which the node was started.
@@ -69,6 +72,7 @@ impl Dispatcher {
             store,
             scheduled: Notify::new(),
             projections,
+            decisions: Decisions::new(),
             closing: AtomicBool::new(false),
             executor: Task::spawn(std::future::pending()),
             #[cfg(feature = "nats")]
@@ -111,12 +115,13 @@ impl Dispatcher {
         if let Some(nats) = self.nats.get() {
             nats.leave().await;
         }
-        let unanswered = self.registry().shut_down(deadline).await;
+        let (registry, decisions) = (self.registry(), &self.decisions);
+        let (commands, decisions) = tokio::join!(registry.shut_down(deadline), decisions.shut_down(deadline));
         #[cfg(feature = "nats")]
         if let Some(nats) = self.nats.get() {
             nats.stop(deadline).await;
         }
-        unanswered
+        commands + decisions
     }
 
     pub(crate) fn status(&self) -> CommandBusStatus {
@@ -139,6 +144,19 @@ impl Dispatcher {
         }
     }
 
+    /// Refuses a command after the end of the node.
+    ///
+    /// During a shutdown, it refuses all but those of handlers in flight.
+    pub(super) fn check_open(&self, envelope: &Envelope) -> Result<(), NotExecutedKind> {
+        if self.closing.load(Ordering::Acquire) && !envelope.is_nested() {
+            return Err(NotExecutedKind::ShuttingDown);
+        }
+        if self.executor.is_finished() {
+            return Err(NotExecutedKind::ExecutorEnded);
+        }
+        Ok(())
+    }
+
     /// Routes a command; `None` if no node handles it. `able`: whether this node accepts it.
     pub(super) fn route(
         &self,
@@ -148,12 +166,7 @@ impl Dispatcher {
         envelope: &Envelope,
         able: bool,
     ) -> Result<Option<Route>, NotExecutedKind> {
-        if self.closing.load(Ordering::Acquire) && !envelope.is_nested() {
-            return Err(NotExecutedKind::ShuttingDown);
-        }
-        if self.executor.is_finished() {
-            return Err(NotExecutedKind::ExecutorEnded);
-        }
+        self.check_open(envelope)?;
         #[cfg(feature = "nats")]
         if let Some(nats) = self.nats.get() {
             let id;

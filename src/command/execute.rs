@@ -10,7 +10,7 @@ use uuid::Uuid;
 use super::bus::CommandBusStatus;
 use super::dispatched::Watched;
 use super::dispatcher::Dispatcher;
-use super::envelope::Envelope;
+use super::envelope::{Envelope, envelope_options};
 use super::erased::ErasedCommand;
 use super::handler::{YieldSlot, yield_slot_while};
 use super::route::Route;
@@ -61,53 +61,7 @@ impl<T: Routed> Execute<T> {
         self
     }
 
-    /// Sets the command id: the idempotency key under which the command takes effect once.
-    ///
-    /// Default: a new UUIDv7. If the id is derived from a request, the request can be retried
-    /// safely. Any UUID is valid. A UUIDv7 must not be more than 1 minute ahead of the clock of
-    /// the executing node. It is also the cheapest id: for other ids, an aggregate with many
-    /// commands queries the store first.
-    pub fn command_id(mut self, id: Uuid) -> Self {
-        self.envelope.id = id;
-        self
-    }
-
-    /// Sets the correlation id of the events. Default: the command id.
-    pub fn correlation_id(mut self, id: Uuid) -> Self {
-        self.envelope.metadata.correlation_id = Some(id);
-        self
-    }
-
-    /// Sets the id of the command or event that caused this command.
-    ///
-    /// A handler's context sets it for the commands that the handler sends.
-    pub fn causation_id(mut self, id: Uuid) -> Self {
-        self.envelope.metadata.causation_id = Some(id);
-        self
-    }
-
-    /// Sets the W3C `traceparent` of the caller, the parent of the command's span.
-    ///
-    /// It is not needed if the caller's span is the current span.
-    pub fn traceparent(mut self, traceparent: impl Into<String>) -> Self {
-        self.envelope.metadata.traceparent = Some(traceparent.into());
-        self
-    }
-
-    /// Adds an entry to the user's map in the metadata.
-    pub fn metadata(mut self, key: impl Into<String>, value: impl Into<String>) -> Self {
-        self.envelope.metadata.user.insert(key.into(), value.into());
-        self
-    }
-
-    /// Sets how long to wait for the answer.
-    ///
-    /// Default: 10 s. Zero waits without limit. After the timeout, a command that has not
-    /// started is dropped, and a command in flight is answered with `OutcomeUnknown`.
-    pub fn timeout(mut self, timeout: Duration) -> Self {
-        self.envelope.receive = timeout;
-        self
-    }
+    envelope_options!();
 
     /// Sets how long to wait until a node accepts the command.
     ///

@@ -14,9 +14,9 @@ use crate::panic::{caught, text_of};
 #[derive(Debug, Clone, Copy)]
 #[non_exhaustive]
 pub struct CommandInfo<'a> {
-    /// Category of the aggregate, or name of the handler.
+    /// Category of the aggregate, or name of the handler or decision.
     pub name: &'a str,
-    /// Id of the aggregate, or key from the handler.
+    /// Id of the aggregate, key from the handler, or id of the decision's stream.
     pub key: Option<&'a str>,
     /// Id of the command.
     pub id: Uuid,

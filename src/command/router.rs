@@ -1,21 +1,20 @@
 //! The router of one target: admits commands, and passes them to the target's actor.
 
 use std::fmt;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 use ractor::concurrency::oneshot;
 use ractor::{ActorCell, ActorRef, ActorRuntime, ActorStatus, MessagingErr, SpawnErr};
 use tokio::runtime::Handle;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::Instant;
 use uuid::Uuid;
 
+use super::admission::Admission;
 use super::hooks::{AfterHooks, CommandHooks};
 use super::target::{Message, Routed, RoutedCommand, TargetStatus};
 use super::{Dispatched, NotExecutedKind};
-use crate::time::after;
 
 /// The router of one target.
 pub(crate) struct Router<T: Routed> {
@@ -26,9 +25,7 @@ pub(crate) struct Router<T: Routed> {
     supervisor: ActorCell,
     /// Tokio runtime of the node.
     executor: Handle,
-    permits: Arc<Semaphore>,
-    /// Set at the start of a shutdown. No command is admitted afterwards.
-    closing: AtomicBool,
+    admission: Admission,
 }
 
 fn spawn<T: Routed>(
@@ -44,9 +41,9 @@ impl<T: Routed> Router<T> {
     pub(crate) fn start(shared: T::Shared, supervisor: ActorCell) -> Result<Self, SpawnErr> {
         let shared = Arc::new(shared);
         let actor = RwLock::new(spawn::<T>(&shared, &supervisor)?);
-        let permits = Arc::new(Semaphore::new(T::limits(&shared).0));
-        let (executor, closing) = (Handle::current(), AtomicBool::new(false));
-        Ok(Self { shared, actor, supervisor, executor, permits, closing })
+        let (limit, timeout) = T::limits(&shared);
+        let (executor, admission) = (Handle::current(), Admission::new(limit, timeout, T::LIMITED));
+        Ok(Self { shared, actor, supervisor, executor, admission })
     }
 
     /// Returns the current actor.
@@ -54,28 +51,13 @@ impl<T: Routed> Router<T> {
         self.actor.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Acquires a permit for the command `id` within the limit of commands in flight.
-    ///
-    /// Waits for the admission timeout of the options, or until `deadline` if that is earlier.
+    /// Acquires a permit for the command `id`, see [`Admission::admit`].
     pub(super) async fn admit(
         &self,
         id: Uuid,
         deadline: Instant,
     ) -> Result<OwnedSemaphorePermit, NotExecutedKind> {
-        NotExecutedKind::check_id(id)?;
-        if self.closing.load(Ordering::Acquire) {
-            return Err(NotExecutedKind::ShuttingDown);
-        }
-        if let Ok(permit) = self.permits.clone().try_acquire_owned() {
-            return Ok(permit);
-        }
-        let (limit, timeout) = T::limits(&self.shared);
-        let until = deadline.min(after(timeout));
-        match tokio::time::timeout_at(until, self.permits.clone().acquire_owned()).await {
-            Ok(Ok(permit)) => Ok(permit),
-            Ok(Err(_closed)) => Err(NotExecutedKind::ShuttingDown),
-            Err(_elapsed) => Err(NotExecutedKind::Overloaded { what: T::LIMITED.into(), limit }),
-        }
+        self.admission.admit(id, deadline).await
     }
 
     /// Passes an admitted command to the actor. `started`: start of the command's duration.
@@ -115,7 +97,7 @@ impl<T: Routed> Router<T> {
     }
 
     fn is_running(&self) -> bool {
-        !self.closing.load(Ordering::Acquire) && self.supervisor.get_status() < ActorStatus::Draining
+        !self.admission.is_closing() && self.supervisor.get_status() < ActorStatus::Draining
     }
 
     /// Returns the current actor. If it has ended and the node runs, starts a new one.
@@ -133,12 +115,8 @@ impl<T: Routed> Router<T> {
         actor.clone()
     }
 
-    fn in_flight(&self) -> usize {
-        T::limits(&self.shared).0.saturating_sub(self.permits.available_permits())
-    }
-
     pub(super) fn status(&self) -> TargetStatus {
-        T::status(&self.shared, self.in_flight())
+        T::status(&self.shared, self.admission.in_flight())
     }
 
     /// Stops admission, waits for the commands in flight, and stops the actor.
@@ -146,13 +124,7 @@ impl<T: Routed> Router<T> {
     /// Waits until all commands are answered, or until `deadline`. Returns the number of unanswered
     /// commands.
     pub(super) async fn shut_down(&self, deadline: Instant) -> usize {
-        self.closing.store(true, Ordering::Release);
-        // Holding all permits means that no command is in flight. Closing then rejects waiting
-        // callers.
-        let all = u32::try_from(T::limits(&self.shared).0).unwrap_or(u32::MAX);
-        let drained = tokio::time::timeout_at(deadline, self.permits.acquire_many(all)).await;
-        let unanswered = if drained.is_ok() { 0 } else { self.in_flight() };
-        self.permits.close();
+        let unanswered = self.admission.shut_down(deadline).await;
         let left = deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(100));
         if let Err(error) = self.actor().stop_and_wait(None, Some(left)).await {
             tracing::warn!(name = T::NAME, %error, "actor did not stop in time");

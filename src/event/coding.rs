@@ -2,6 +2,7 @@
 
 use std::any::type_name;
 
+use chrono::DateTime;
 use serde::Serialize;
 use uuid::Uuid;
 
@@ -9,8 +10,10 @@ use super::Event;
 use super::error::{DecodeError, EncodeError};
 use super::metadata::Metadata;
 use super::name::EventName;
+use super::position::{Position, Version};
 use super::recorded::{NewEvent, RecordedEvent};
 use super::set::{EventDecoder, EventSet};
+use super::stream::StreamId;
 use super::tags::Tags;
 use super::types::EventTypes;
 use crate::codec::{Codec, encode_variant};
@@ -37,6 +40,22 @@ impl NewEvent {
 }
 
 impl NewEvent {
+    /// Returns the event as a reader gets it, but without a version and a position.
+    pub(crate) fn to_recorded(&self, stream: StreamId, codec: Codec) -> RecordedEvent {
+        RecordedEvent {
+            id: self.id,
+            stream,
+            version: Version::NONE,
+            position: Position::START,
+            name: self.name.clone(),
+            codec,
+            payload: self.payload.clone(),
+            command_id: self.command_id,
+            metadata: self.metadata.clone(),
+            recorded_at: DateTime::UNIX_EPOCH,
+        }
+    }
+
     /// Encodes a variant as an event of a category that is known only at run time.
     pub(crate) fn of_variant<E: Serialize>(
         category: &str,

@@ -9,6 +9,7 @@ use super::Event;
 use super::error::{DecodeError, DecodeErrorKind, EncodeError};
 use super::name::{Category, EventName};
 use super::recorded::RecordedEvent;
+use super::tags::Tags;
 use super::types::EventTypes;
 
 /// The events that a reader of the log receives, decoded.
@@ -79,7 +80,9 @@ struct Member<S> {
     decode: Box<Decode<S>>,
 }
 
-type Decode<S> = dyn Fn(&EventTypes, &RecordedEvent) -> Result<S, DecodeError> + Send + Sync;
+/// Also sets the tags, if they are asked for.
+type Decode<S> =
+    dyn Fn(&EventTypes, &RecordedEvent, Option<&mut Tags>) -> Result<S, DecodeError> + Send + Sync;
 
 /// Cache of the decoders, with one entry per set.
 ///
@@ -111,7 +114,13 @@ impl<S> EventDecoder<S> {
             Ok(types) => self.members.push(Member {
                 category: E::CATEGORY,
                 types,
-                decode: Box::new(move |types, event| types.decode(event).map(&convert)),
+                decode: Box::new(move |types, event, tags| {
+                    let event: E = types.decode(event)?;
+                    if let Some(tags) = tags {
+                        *tags = event.tags();
+                    }
+                    Ok(convert(event))
+                }),
             }),
             Err(problem) => _ = self.problem.get_or_insert(problem),
         }
@@ -120,6 +129,19 @@ impl<S> EventDecoder<S> {
 
     /// Decodes an event, after upcasting.
     pub(crate) fn decode(&self, event: &RecordedEvent) -> Result<S, DecodeError> {
+        self.decode_with(event, None)
+    }
+
+    /// Decodes an event, and returns the tags that its type gives it now.
+    ///
+    /// Returns no tags if the set contains every event: then the type of the event is unknown.
+    pub(crate) fn decode_with_tags(&self, event: &RecordedEvent) -> Result<(S, Option<Tags>), DecodeError> {
+        let mut tags = Tags::new();
+        let decoded = self.decode_with(event, Some(&mut tags))?;
+        Ok((decoded, self.any.is_none().then_some(tags)))
+    }
+
+    fn decode_with(&self, event: &RecordedEvent, tags: Option<&mut Tags>) -> Result<S, DecodeError> {
         if let Some(any) = self.any {
             return Ok(any());
         }
@@ -132,7 +154,17 @@ impl<S> EventDecoder<S> {
             let expected = self.members.iter().map(|member| member.category).collect();
             DecodeError::new(event, DecodeErrorKind::OtherCategory { expected })
         })?;
-        (member.decode)(&member.types, event)
+        (member.decode)(&member.types, event, tags)
+    }
+
+    /// Returns whether the event is of a type of the set.
+    ///
+    /// An unusable set contains every event, so that [`decode`](Self::decode) reports the reason.
+    pub(crate) fn contains(&self, event: &RecordedEvent) -> bool {
+        let category = event.stream.category();
+        self.any.is_some()
+            || self.problem.is_some()
+            || self.members.iter().any(|member| member.category == category)
     }
 
     /// Returns the categories of the set; `None` if it contains every event.

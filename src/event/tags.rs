@@ -1,6 +1,8 @@
 use std::collections::BTreeSet;
 use std::fmt;
 
+use uuid::Uuid;
+
 /// Maximum size in bytes of a tag, key and separator included.
 const MAX_TAG: usize = 200;
 
@@ -68,6 +70,11 @@ impl Tag {
         Ok(Self(tag))
     }
 
+    /// Returns the tag by which the events of a decision are found; [`new`](Self::new) refuses it.
+    pub(crate) fn of_command(id: Uuid) -> Self {
+        Self(format!("$command:{id}"))
+    }
+
     /// Returns whether no user can create the tag.
     pub(crate) fn is_reserved(&self) -> bool {
         self.0.starts_with('$')
@@ -133,6 +140,13 @@ impl Tags {
         }
     }
 
+    /// Adds the tag of the command that causes the event. It does not count as one of the user's.
+    #[must_use]
+    pub(crate) fn of_command(mut self, id: Uuid) -> Self {
+        self.tags.insert(Tag::of_command(id));
+        self
+    }
+
     /// Checks that the tags can be stored.
     ///
     /// # Errors
@@ -184,5 +198,15 @@ mod tests {
         assert_eq!(Tags::new().tag("a", "x".repeat(198)).check(), Ok(()));
         let error = Tags::new().tag("a", "x".repeat(199)).check();
         assert!(matches!(error, Err(InvalidTag::TooLong { bytes: 201, limit: 200, .. })), "{error:?}");
+    }
+
+    #[test]
+    fn the_tag_of_a_command_is_beside_those_of_the_user() {
+        let full = (0..Tags::MAX).fold(Tags::new(), |tags, n| tags.tag("n", n));
+        let of_command = full.clone().of_command(Uuid::nil());
+        assert_eq!(of_command.check(), Ok(()));
+        assert_eq!(of_command.iter().count(), Tags::MAX + 1);
+        let error = full.tag("one", "more").check();
+        assert_eq!(error, Err(InvalidTag::TooMany { count: 17, limit: 16 }));
     }
 }

@@ -1,6 +1,8 @@
 use std::collections::BTreeSet;
 use std::fmt;
 
+use uuid::Uuid;
+
 use super::StoreError;
 use super::filter::{Filter, FilterError};
 use crate::event::{EventName, EventSet, InvalidTag, Tag, Tags};
@@ -109,6 +111,20 @@ impl Query {
             Err(error) => _ = self.error.get_or_insert_with(|| Box::new(error.into())),
         }
         self
+    }
+
+    /// Matches also the event with the tag of a command, see [`Tags::of_command`].
+    ///
+    /// The limits do not count the item.
+    #[must_use]
+    pub(crate) fn or_of_command(mut self, id: Uuid) -> Self {
+        self.items.push(QueryItem { names: None, tags: BTreeSet::from([Tag::of_command(id)]) });
+        self
+    }
+
+    /// Matches the event with the tag of a command.
+    pub(crate) fn of_command(id: Uuid) -> Self {
+        Self { items: Vec::new(), error: None }.or_of_command(id)
     }
 
     /// Checks that the query is valid.

@@ -174,7 +174,8 @@ pub struct Then<A: Aggregate> {
     pub reply: A::Reply,
 }
 
-fn stored<E: Event>(event: &E) -> E {
+/// Returns the event as a store returns it.
+pub(super) fn stored<E: Event>(event: &E) -> E {
     match read_back(event, Codec::Cbor) {
         ReadBack::Event(read) => read,
         ReadBack::Refused(reason) | ReadBack::Unreadable(reason) => {

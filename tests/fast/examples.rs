@@ -72,6 +72,8 @@ fn bad_input_is_answered_with_a_sentence() {
         ("bank", &["--transfers", "10", "--journal", "missing/journal"], "missing/journal"),
         ("fulfilment", &["--nonsense"], "unknown option --nonsense"),
         ("fulfilment", &["--orders", "18446744073709551615"], "it is a number from 0 to 1000000"),
+        ("courses", &["--nonsense"], "usage: courses [STUDENTS]"),
+        ("courses", &["18446744073709551616"], "a number from 1 to 1000"),
     ] {
         let Said { output, took, left } = run(name, args, Stdio::piped());
         let stderr = String::from_utf8(output.stderr).unwrap();
@@ -183,6 +185,7 @@ fn a_full_disk_is_no_panic() {
         ("retail", &["--help"]),
         ("bank", &["--help"]),
         ("bank", &["--transfers", "10"]),
+        ("courses", &["10"]),
     ] {
         let full = OpenOptions::new().write(true).open("/dev/full").unwrap();
         let Said { output, .. } = run(name, args, full.into());
@@ -195,10 +198,25 @@ fn a_full_disk_is_no_panic() {
 
 #[test]
 fn help_is_given_without_a_server() {
-    for name in ["import_goes", "foreign_subscriber", "retail", "bank"] {
+    for name in ["import_goes", "foreign_subscriber", "retail", "bank", "courses"] {
         let Said { output, left, .. } = run(name, &["--help"], Stdio::piped());
         assert!(output.status.success(), "{name}: {}", String::from_utf8_lossy(&output.stderr));
         assert!(String::from_utf8_lossy(&output.stdout).to_lowercase().contains("usage"), "{name}");
         assert_eq!(left, [] as [&str; 0], "{name}");
     }
+}
+
+/// 100 students enrol at the same time; the program itself checks that both rules hold.
+#[test]
+fn no_course_and_no_student_has_too_many_enrolments() {
+    let Said { output, left, .. } = run("courses", &["100"], Stdio::piped());
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let said = String::from_utf8_lossy(&output.stdout);
+    let lines: Vec<_> = said.lines().collect();
+    let [of_students, of_courses] = lines.as_slice() else { panic!("{said}") };
+    let number = |line: &str| line.split(' ').next().and_then(|number| number.parse::<u32>().ok()).unwrap();
+    assert_eq!(number(of_students), number(of_courses), "{said}");
+    // A student with fewer than 3 courses has found 3 of the 5 courses of the group full.
+    assert!(number(of_courses) >= 4 * 3 * 15, "{said}");
+    assert_eq!(left, [] as [&str; 0], "{said}");
 }

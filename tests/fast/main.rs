@@ -10,6 +10,7 @@
 
 mod aggregate;
 mod codec;
+mod decide;
 mod dependencies;
 mod docs;
 mod examples;
