@@ -4,7 +4,6 @@ use std::time::Duration;
 
 use tokio::runtime::Handle;
 use tokio::sync::{OwnedSemaphorePermit, watch};
-use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use uuid::Uuid;
 
@@ -46,24 +45,22 @@ impl Decisions {
         self.admission.admit(id, deadline).await
     }
 
-    /// Runs an admitted decision, however long its caller waits.
-    ///
-    /// The result is `None` if the node stopped first.
-    pub(super) fn spawn<T: Send + 'static>(
+    /// Runs an admitted decision, however long its caller waits, until the node stops.
+    pub(super) fn spawn(
         &self,
         permit: OwnedSemaphorePermit,
-        decision: impl Future<Output = T> + Send + 'static,
-    ) -> JoinHandle<Option<T>> {
+        decision: impl Future<Output = ()> + Send + 'static,
+    ) {
         let mut stopped = self.stopped.subscribe();
         // The caller may run in another tokio runtime, which may end before the node.
         self.executor.spawn(async move {
             let _permit = permit;
             tokio::select! {
                 biased;
-                result = decision => Some(result),
-                _ = stopped.changed() => None,
+                () = decision => {}
+                _ = stopped.changed() => {}
             }
-        })
+        });
     }
 
     /// Stops admission, waits for the decisions in flight, and stops the rest.

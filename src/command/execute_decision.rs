@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use chrono::Utc;
+use tokio::sync::oneshot;
 use tokio::time::Instant;
 use uuid::Uuid;
 
@@ -18,7 +19,7 @@ use crate::codec::fingerprint;
 use crate::decide::{Decide, DecisionRequest, DecisionResult, decide_and_append};
 use crate::event::{EncodeError, Event, StreamId, check_name};
 use crate::future::BoxFuture;
-use crate::panic::caught;
+use crate::panic::{caught, text_of};
 use crate::telemetry::trace::CommandSpan;
 
 /// A decision over several streams. Set its options, then await it for the [`Receipt`].
@@ -30,15 +31,21 @@ use crate::telemetry::trace::CommandSpan;
 /// id gets the first receipt. If the content or the [`NAME`](Decide::NAME) differs, the error is
 /// [`CommandIdReused`](NotExecutedKind::CommandIdReused).
 ///
-/// If other writers append matching events, storied decides again, up to 10 times, with a growing
-/// wait of at most 250 ms. Then the error is
-/// [`RetriesExhausted`](NotExecutedKind::RetriesExhausted), which is retryable. A node has at most
-/// 1,024 decisions in flight. Further callers wait for 1 s, then get
+/// If other writers append matching events, storied decides again, at most 10 times in all, with a
+/// growing wait of at most 250 ms. Then the error is
+/// [`RetriesExhausted`](NotExecutedKind::RetriesExhausted). If tags stay locked for 10 s on
+/// PostgreSQL, the error is [`Store`](NotExecutedKind::Store) with
+/// [`StoreError::Unavailable`](crate::StoreError::Unavailable). Both are retryable.
+///
+/// A node has at most 1,024 decisions in flight. Further callers wait for 1 s, then get
 /// [`Overloaded`](NotExecutedKind::Overloaded).
 ///
-/// A decision reads at most 100,000 events
-/// ([`Query::MAX_EVENTS`](crate::store::Query::MAX_EVENTS)). If more match, or a query is invalid,
-/// the error is [`Store`](NotExecutedKind::Store) with
+/// All views of a decision together have at most 16 items
+/// ([`Query::MAX_ITEMS`](crate::store::Query::MAX_ITEMS)) and 64 tags
+/// ([`Query::MAX_TAGS`](crate::store::Query::MAX_TAGS)). Its events have at most 64 different tags
+/// ([`Append::MAX_TAGS`](crate::store::Append::MAX_TAGS)). It reads at most 100,000 events
+/// ([`Query::MAX_EVENTS`](crate::store::Query::MAX_EVENTS)). Above a limit, or if a query is
+/// invalid, the error is [`Store`](NotExecutedKind::Store) with
 /// [`StoreError::Invalid`](crate::StoreError::Invalid).
 #[must_use = "a decision does nothing until it is awaited"]
 pub struct ExecuteDecision<D> {
@@ -110,9 +117,15 @@ impl<D: Decide> ExecuteDecision<D> {
             span,
         };
         let (store, metrics) = (commands.store.clone(), commands.metrics.clone());
-        let work = async move { decide_and_append(&*store, &metrics, request).await };
-        let task = commands.decisions.spawn(permit, work);
-        let answer = async move { task.await.ok().flatten().ok_or(NodeStopped) };
+        let (done, answer) = oneshot::channel();
+        commands.decisions.spawn(permit, async move {
+            let result = decide_and_append(&*store, &metrics, request).await;
+            if let Err(Err(error)) = done.send(result) {
+                let (decision, error) = (D::NAME, text_of(&error));
+                tracing::warn!(decision, command = %id, error, "decision failed after its caller stopped waiting");
+            }
+        });
+        // An error of the channel means that the node stopped.
         let dispatched = Dispatched::here(id, deadline, started, answer);
         Ok(match after {
             Some(after) => after.over(dispatched),
@@ -120,9 +133,6 @@ impl<D: Decide> ExecuteDecision<D> {
         })
     }
 }
-
-/// The node stopped before it answered.
-struct NodeStopped;
 
 impl<D: Decide> IntoFuture for ExecuteDecision<D> {
     type Output = DecisionResult<D>;

@@ -42,10 +42,10 @@ pub enum QueryError {
     #[error(transparent)]
     Tag(#[from] InvalidTag),
     /// The query has no item, or an item has no tag.
-    #[error("an item of the query has no tag; add one that the events have")]
+    #[error("the query has no item, or an item has no tag; add a tag that the events have")]
     NoTag,
     /// The query has too many items or tags.
-    #[error("too many {what} in a query: {count} (limit {limit})")]
+    #[error("too many {what} in a query: {count} (limit {limit}); use fewer views, or combine tags")]
     TooMany {
         /// `items` or `tags`.
         what: &'static str,
@@ -80,7 +80,7 @@ impl Query {
         Self::item(Ok(None)).tag(key, value)
     }
 
-    /// Matches the events of these variants, once a [tag](Self::tag) is added.
+    /// Matches events of these variants. Add at least one [tag](Self::tag).
     ///
     /// A variant is named as in [`Filter::variants`].
     #[must_use]
@@ -102,8 +102,10 @@ impl Query {
 
     /// Restricts each item to events that also have this tag.
     ///
-    /// PostgreSQL and SQLite find the events by the smallest tag of an item, in the order of the
-    /// texts, and compare the others.
+    /// PostgreSQL and SQLite find the events by the first tag of an item, in the order of the
+    /// texts, and compare the others. A conditional append on PostgreSQL also locks that tag
+    /// exclusively. Combine values that are always queried together into one tag:
+    /// `room_night:101/2026-12-24`.
     #[must_use]
     pub fn tag(mut self, key: &str, value: impl fmt::Display) -> Self {
         match Tag::new(key, value) {
@@ -154,9 +156,10 @@ impl Query {
         &self.items
     }
 
-    /// Returns whether an event with this name and these tags matches.
+    /// Returns whether an event with this name and these tags matches. An invalid query matches
+    /// nothing.
     pub fn matches(&self, name: &EventName, tags: &Tags) -> bool {
-        self.items.iter().any(|item| item.matches(name, tags))
+        self.error.is_none() && self.items.iter().any(|item| item.matches(name, tags))
     }
 
     fn item(names: Result<Option<BTreeSet<EventName>>, FilterError>) -> Self {
@@ -181,6 +184,7 @@ impl QueryItem {
 
     /// Returns whether an event with this name and these tags matches.
     pub fn matches(&self, name: &EventName, tags: &Tags) -> bool {
-        self.names.as_ref().is_none_or(|names| names.contains(name)) && tags.contains_all(self.tags.iter())
+        let has_name = self.names.as_ref().is_none_or(|names| names.contains(name));
+        has_name && !self.tags.is_empty() && tags.contains_all(self.tags.iter())
     }
 }

@@ -589,7 +589,7 @@ async fn appends_of_aggregates_are_respected() {
     assert_eq!((receipt.version, resized.version), (Version::new(4), Version::new(5)));
 }
 
-/// An id that an aggregate has used belongs to another command, unless both write to one stream.
+/// An id that an aggregate has used belongs to another command.
 #[tokio::test]
 async fn the_id_of_a_command_to_an_aggregate_is_no_repetition() {
     let (store, runtime) = faulty().await;
@@ -655,8 +655,11 @@ async fn limits_are_typed_errors() {
     let notes = |count: usize| -> Vec<NewEvent> {
         (0..count).map(|_| NewEvent { id: Uuid::now_v7(), ..note.clone() }).collect()
     };
+    let id = Uuid::now_v7();
+    let first = runtime.decide(probe(Act::Note { tags: 0 }, "a")).command_id(id).await.unwrap();
     for stream in 0..10 {
-        foreign(&store.inner, StreamId::new("probe", stream).unwrap(), notes(10_000)).await;
+        let count = if stream == 0 { 9_999 } else { 10_000 };
+        foreign(&store.inner, StreamId::new("probe", stream).unwrap(), notes(count)).await;
     }
     let full = runtime.decide(probe(Act::Nothing, "a")).timeout(Duration::ZERO).await.unwrap();
     assert_eq!(full.reply, 100_000);
@@ -666,6 +669,10 @@ async fn limits_are_typed_errors() {
         matches!(&error, ExecuteError::NotExecuted { kind: NotExecutedKind::Store(StoreError::Invalid { reason }), retryable: false } if reason.contains("limit 100000") && reason.contains("smaller boundary")),
         "{error}"
     );
+    // A command that is stored gets its receipt all the same.
+    let repeated = runtime.decide(probe(Act::Note { tags: 0 }, "a")).command_id(id);
+    let repeated = repeated.timeout(Duration::ZERO).await.unwrap();
+    assert_eq!((repeated.duplicate, repeated.position), (true, first.position));
     // 15 tags, that of the topic, and the one that storied adds.
     runtime.decide(probe(Act::Note { tags: 15 }, "b")).await.unwrap();
     for (act, limit) in [

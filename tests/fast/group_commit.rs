@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+use storied::event::Tags;
 use storied::{Aggregate, Context, Decided, Decision, Event, MemoryStore, NeverRejects, Runtime};
 use tokio::task::yield_now;
 use tokio::time::advance;
@@ -37,6 +38,38 @@ impl Aggregate for Note {
     }
 
     fn apply(&mut self, _: &NoteEvent) {}
+}
+
+/// Events with a tag of their own.
+#[derive(Default)]
+struct Label;
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum LabelEvent {
+    Attached { n: u32 },
+}
+
+impl Event for LabelEvent {
+    const CATEGORY: &'static str = "label";
+
+    fn tags(&self) -> Tags {
+        let LabelEvent::Attached { n } = self;
+        Tags::new().tag("n", n)
+    }
+}
+
+impl Aggregate for Label {
+    type Event = LabelEvent;
+    type Command = u32;
+    type Reply = ();
+    type Error = NeverRejects;
+
+    fn handle(&self, n: &u32, _: &Context<'_>) -> Decided<Self> {
+        Ok(LabelEvent::Attached { n: *n }.into())
+    }
+
+    fn apply(&mut self, _: &LabelEvent) {}
 }
 
 /// A store whose appends wait, and a runtime that keeps up to two of them in flight.
@@ -103,5 +136,26 @@ async fn the_next_one_starts_at_the_end_of_a_large_one() {
     settle().await;
     let writer = runtime.status().await.writer;
     assert_eq!((writer.transactions, writer.events), (2, 6), "without waiting for the time");
+    runtime.shutdown().await.unwrap();
+}
+
+/// Appends of one stream are merged, as far as one append may have their tags.
+#[tokio::test(start_paused = true)]
+async fn merged_appends_have_a_limited_number_of_tags() {
+    let store = FaultyStore::new(MemoryStore::new()).with_append_concurrency(2);
+    let runtime = Runtime::builder().store(store.clone()).aggregate::<Label>().start().await.unwrap();
+    store.hold();
+    for n in 0..101_u32 {
+        drop(runtime.execute::<Label>("a", n).dispatch().await.unwrap());
+    }
+    store.held(1).await;
+    settle().await;
+    store.release();
+    while runtime.status().await.writer.events < 101 {
+        settle().await;
+    }
+    // 64 and 37; a refused transaction would count, too.
+    let writer = runtime.status().await.writer;
+    assert_eq!((writer.appends, writer.transactions), (101, 2));
     runtime.shutdown().await.unwrap();
 }

@@ -1,6 +1,6 @@
 //! The task of a writer.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::panic::AssertUnwindSafe;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -231,7 +231,7 @@ impl Committer {
                 let continues = taken
                     .last()
                     .is_none_or(|last| last.expected.plus(last.events.len() as u64) == next.expected);
-                if !(fits || first) || !continues {
+                if !(fits || first) || !continues || !tags_fit(&taken, next) {
                     break;
                 }
                 limit = limit.min(next.batch_limit);
@@ -325,6 +325,17 @@ impl Committer {
 }
 
 /// Answers an append whose chain was cut before the append was sent.
+/// Returns whether an append can be merged with those before it: one append has a limited number of
+/// tags.
+fn tags_fit(taken: &[PendingAppend], next: &PendingAppend) -> bool {
+    if taken.is_empty() || next.events.iter().all(|event| event.tags.is_empty()) {
+        return true;
+    }
+    let events = taken.iter().chain([next]).flat_map(|append| &append.events);
+    let tags: HashSet<_> = events.flat_map(|event| event.tags.iter()).collect();
+    tags.len() <= Append::MAX_TAGS
+}
+
 fn refuse(submission: PendingAppend, counters: &Counters) {
     counters.conflicts.fetch_add(1, Ordering::Relaxed);
     let conflict = super::super::Conflict {
