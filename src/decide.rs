@@ -31,7 +31,8 @@ use crate::event::Event;
 /// The value is the command: its content decides whether a repeated command id is the same command.
 /// The code is pure, as that of an [`Aggregate`](crate::Aggregate): no I/O, and no clock or
 /// randomness except those of [`Context`]. A command may be decided more than once before its
-/// events are stored. [`Runtime::decide`](crate::Runtime::decide) executes it.
+/// events are stored. Only [`Runtime::decide`](crate::Runtime::decide) executes it. A decision
+/// cannot be scheduled or dispatched, and no handler or process can send it.
 ///
 /// If one stream holds everything that the decision needs, choose an aggregate: it keeps its state
 /// in memory.
@@ -98,7 +99,9 @@ pub trait Decide: Serialize + Sized + Send + Sync + 'static {
     ///
     /// It consists of dotted tokens of ASCII letters, digits, `_` and `-`.
     const NAME: &'static str;
-    /// State that the decision is based on: a [`View`], or a tuple of them.
+    /// State that the decision is based on: a [`View`], or a tuple of two to four of them.
+    ///
+    /// A tuple can contain tuples.
     type View: Views;
     /// Events that the decision writes. Their category is the category of the stream.
     type Event: Event;
@@ -114,7 +117,8 @@ pub trait Decide: Serialize + Sized + Send + Sync + 'static {
 
     /// Returns the id of the stream that gets the events.
     ///
-    /// Aggregates may write to the stream, too: a decision expects no version of it.
+    /// A decision reads any streams, and writes to this one. Choose a stream with few concurrent
+    /// writers. Aggregates may write to it, too: a decision expects no version of it.
     fn stream(&self) -> String;
 
     /// Decides: events and a reply, or a rejection. Must have no side effects.

@@ -6,14 +6,14 @@
 //!
 //! - **aggregate**: A unit of consistency with a category and an id, such as one order. It decides
 //!   on commands and folds its own events into its state. In code: [`Aggregate`](crate::Aggregate).
-//! - **command**: A request to an aggregate or a [`Handler`](crate::Handler) to do something. It is
-//!   accepted or rejected as a whole. Every command has an id.
+//! - **command**: A request to an aggregate or a [`Handler`](crate::Handler) to do something, or a
+//!   decision over several streams. It is accepted or rejected as a whole. Every command has an id.
 //! - **idempotency key**: The value by which a repeated command is recognized: the command id. The
 //!   first result answers the repetitions.
-//! - **event**: A fact about one aggregate, recorded in the log and never changed. In code: a
-//!   variant of an enum that implements [`Event`](crate::Event).
-//! - **stream**: The events of one aggregate, in order. Identified by a
-//!   [`StreamId`](crate::StreamId), which is a category and an id.
+//! - **event**: A fact that an aggregate or a decision has recorded in the log. It never changes.
+//!   In code: a variant of an enum that implements [`Event`](crate::Event).
+//! - **stream**: The events of one aggregate, in order, or the events that decisions write under
+//!   one id, or both. Identified by a [`StreamId`](crate::StreamId), which is a category and an id.
 //! - **version**: The number of an event in its stream: 1, 2, 3 … without gaps. In code:
 //!   [`Version`](crate::Version).
 //! - **tag**: A key and a value of an event, such as `course:c1`, by which a query finds it. In
@@ -22,7 +22,10 @@
 //!   [`Query`](crate::store::Query).
 //! - **decision**: The new events and the reply to a command. In code:
 //!   [`Decision`](crate::Decision). A *decision over several streams* is a command that is decided
-//!   on the events of a query: [`Decide`](crate::Decide).
+//!   on the events of a query (dynamic consistency boundary, DCB): [`Decide`](crate::Decide).
+//! - **recorded step**: A call of a handler to another system, with a result that the store keeps.
+//!   A later attempt gets this result without the call. In code:
+//!   [`HandlerContext::run`](crate::command::HandlerContext::run).
 //! - **view**: The state of a decision over several streams, folded from the events of a query. In
 //!   code: [`View`](crate::View). A view of a database, such as `storied.log`, is something else.
 //! - **boundary**: A query with the events that a decision has read. The store refuses the append

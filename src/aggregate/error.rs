@@ -326,7 +326,7 @@ impl<E> From<EncodeError> for ExecuteError<E> {
 }
 
 impl<E> ExecuteError<E> {
-    /// Returns the aggregate's own error if the aggregate rejected the command.
+    /// Returns the error of the aggregate, decision or handler if it rejected the command.
     pub fn rejection(&self) -> Option<&E> {
         match self {
             Self::Rejected(error) => Some(error),

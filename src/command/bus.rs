@@ -31,7 +31,8 @@ const KEEP_RECORDS: Duration = Duration::from_secs(7 * 24 * 60 * 60);
 /// let builder = Runtime::builder().commands(bus);
 /// ```
 ///
-/// Filters and hooks run on the node that executes a command, on every caller's behalf.
+/// Filters and hooks run on the node that executes a command, on every caller's behalf. They run
+/// for decisions, too ([`Runtime::decide`](crate::Runtime::decide)), on the node of the caller.
 #[derive(Debug, Clone)]
 pub struct CommandBus {
     hooks: CommandHooks,
@@ -71,7 +72,8 @@ impl CommandBus {
 
     /// Adds a filter: this node accepts only commands for which all filters return `true`.
     ///
-    /// A command that this node does not accept goes to another node.
+    /// A command that this node does not accept goes to another node. A decision does not: it fails
+    /// with [`NotAccepted`](super::NotExecutedKind::NotAccepted).
     #[must_use]
     pub fn filter(mut self, filter: impl Fn(&CommandInfo<'_>) -> bool + Send + Sync + 'static) -> Self {
         self.hooks.add_filter(Arc::new(filter));
@@ -90,7 +92,7 @@ impl CommandBus {
         self
     }
 
-    /// Adds a hook that runs before every command of one aggregate category or handler name.
+    /// Adds a hook that runs before every command of one aggregate category, handler or decision.
     #[must_use]
     pub fn before(
         mut self,
@@ -108,7 +110,7 @@ impl CommandBus {
         self
     }
 
-    /// Adds a hook that runs after every command of one aggregate category or handler name.
+    /// Adds a hook that runs after every command of one aggregate category, handler or decision.
     #[must_use]
     pub fn after(
         mut self,

@@ -36,7 +36,9 @@ pub trait View: Send + 'static {
     /// Returns the query of the events. It must not change with the events.
     fn query(&self) -> Query;
 
-    /// Folds an event into the state. It cannot reject the event, which has already happened.
+    /// Folds an event into the state. It cannot reject the event.
+    ///
+    /// storied also calls it with the new events that match the query, before the append.
     fn apply(&mut self, event: &Self::Event);
 }
 
@@ -103,10 +105,11 @@ mod fold {
                 self.apply(&decoded);
                 return Ok(());
             }
-            // I11: some query matches the stored tags. A view must not miss the event in silence.
+            // The event belongs to another view, by the tags of today.
             if queries.iter().any(matches) {
                 return Ok(());
             }
+            // I11: some query matches the stored tags, so some view misses the event.
             Err(DecodeError::new(event, DecodeErrorKind::OtherTags))
         }
     }

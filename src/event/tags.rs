@@ -52,8 +52,8 @@ impl Tag {
     /// Creates a tag.
     ///
     /// # Errors
-    /// If the key has other characters than ASCII letters, digits, `_`, `-` and `.`, the value is
-    /// empty or has a control character, or both have more than 199 bytes.
+    /// If the key is empty or has other characters than ASCII letters, digits, `_`, `-` and `.`,
+    /// the value is empty or has a control character, or key and value together exceed 199 bytes.
     pub fn new(key: &str, value: impl fmt::Display) -> Result<Self, InvalidTag> {
         let short = || key.chars().take(80).collect();
         let is_of_key = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '.');

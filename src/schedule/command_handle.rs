@@ -91,6 +91,9 @@ impl ScheduledCommandHandle {
 
     /// Executes a parked command again, now. Returns whether it was parked.
     ///
+    /// If a handler rejected the command, the retry gets the recorded rejection for
+    /// [`command_retention`](crate::CommandBus::command_retention).
+    ///
     /// # Errors
     /// The error of the store.
     pub async fn retry(&self) -> Result<bool, StoreError> {

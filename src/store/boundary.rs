@@ -1,7 +1,7 @@
 use super::query::Query;
 use crate::event::Position;
 
-/// What a decision has read: a query, and which of its events the decision knows.
+/// The condition of an append: a query, and the matching events that the decision has read.
 ///
 /// [`QueryStore::read`](super::QueryStore::read) returns it. An append
 /// [`unless`](super::Append::unless) a boundary was crossed is stored only if no other event matches
@@ -62,7 +62,8 @@ impl Query {
     /// Turns the query into a condition of an append: no matching event exists.
     ///
     /// That makes a value unique without a read, for example a user name. An append that loses
-    /// fails with [`AppendError::Exists`](super::AppendError::Exists).
+    /// fails with [`AppendError::Exists`](super::AppendError::Exists). After an unknown outcome,
+    /// `Exists` may name your own event: compare the event at `position`.
     #[must_use]
     pub fn exists(self) -> Boundary {
         Boundary { query: self, mark: Position::START, seen: Vec::new(), expects_none: true }

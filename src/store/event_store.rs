@@ -44,7 +44,7 @@ pub trait EventStore: QueryStore + ScheduleStore {
     /// calls or one append to several streams. A [condition](Append::unless) sees the earlier appends
     /// of its batch, and may see later ones that have no condition.
     ///
-    /// A result is returned when it is durable.
+    /// A result is returned when it is durable, and all results of a batch together.
     ///
     /// # Cancellation safety
     /// If the future is dropped, the append may or may not take effect. Poll it to its end or drop it:

@@ -21,7 +21,7 @@ pub trait QueryStore: Send + Sync + 'static {
     /// Returns the high-water mark; see
     /// [`EventStore::high_water_mark`](super::EventStore::high_water_mark).
     ///
-    /// An earlier mark is right, too: [`read`](Self::read) needs one that was reached before it.
+    /// May return an older mark: [`read`](Self::read) needs one that was reached before it.
     fn mark_before_read(&self) -> BoxFuture<'_, Result<Position, StoreError>>;
 
     /// Reads events that match a query: at most `limit` after `after`, in the order of the log.

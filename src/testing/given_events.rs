@@ -55,8 +55,9 @@ use crate::event::{Event, Metadata, NewEvent, RecordedEvent, StreamId, Tags, Ver
 ///     .then_error(InUse);
 /// ```
 ///
-/// The decision folds the events that match its queries by their tags. Every past and every new
-/// event is encoded and decoded, so the test also shows that it can be stored.
+/// The decision folds the events that match its queries by their tags. Every past event is encoded.
+/// A view decodes the matching events of its type. [`then`](WhenDecided::then) encodes and decodes
+/// each new event, and compares the result, so the test also shows that it can be stored.
 ///
 /// # Panics
 /// If an event cannot be stored.

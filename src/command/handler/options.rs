@@ -31,7 +31,8 @@ impl HandlerOptions {
     /// Sets the number of commands that run concurrently on this node.
     ///
     /// Default: 1, which handles commands sequentially in the order of their arrival. Range: 1 to
-    /// 1,000,000. A handler that waits for a nested command releases its worker slot meanwhile.
+    /// 1,000,000. A handler that waits for a nested command releases its worker slot meanwhile. A
+    /// [recorded step](super::HandlerContext::run) keeps it.
     #[must_use]
     pub fn workers(mut self, workers: usize) -> Self {
         self.workers = workers;

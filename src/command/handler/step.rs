@@ -81,19 +81,26 @@ struct Step<'a> {
 impl HandlerContext {
     /// Runs a call to another system, and records its result.
     ///
-    /// A handler that is attempted again gets the recorded result, on every node, and `step` does
-    /// not run again. If two attempts run it concurrently, the first record counts for both. So the
-    /// flow of the handler may depend on the result.
+    /// A handler that is attempted after the record gets the recorded result, on every node, and
+    /// `step` does not run again. If two attempts run it concurrently, the first record counts for
+    /// both. So the flow of the handler may depend on the result.
     ///
     /// `step` gets an id that is the same in every attempt. Pass it to the other system as the key
     /// of the call: an attempt can end after the call and before the record, and the next attempt
     /// then makes the call once more.
     ///
-    /// A step that returns an error is not recorded. A refusal that the handler acts on, such as a
-    /// declined card, belongs into the result.
+    /// A step that returns an error is not recorded, and the next attempt runs it again. Return a
+    /// refusal that the handler acts on, such as a declined card, as a result:
+    /// `Ok(Err(declined))`.
     ///
     /// The n-th step with a name is the same one in every attempt. Steps that run concurrently need
-    /// different names. The record is kept as long as that of a handled command.
+    /// different names. A new version of the program must not add, remove or reorder steps of one
+    /// name while commands are retried. The record expires after
+    /// [`command_retention`](crate::CommandBus::command_retention), also while the command is
+    /// retried. Then the step runs again.
+    ///
+    /// A step keeps the worker slot of the handler
+    /// ([`HandlerOptions::workers`](super::HandlerOptions::workers), default: 1).
     ///
     /// ```
     /// # use storied::command::{HandleError, HandlerContext};
